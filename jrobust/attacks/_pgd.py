@@ -1,0 +1,121 @@
+"""Projected gradient descent and its one-step and momentum forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrobust import losses
+from jrobust._algorithm import algorithm, static
+from jrobust.attacks._base import GradientAttack, Record, State
+from jrobust.threat import Threat, expand, sample_start
+
+Array = jax.Array
+
+
+@algorithm
+class PGD(GradientAttack):
+    """Projected gradient descent (Madry et al. 2018, eq. 5; Kurakin et al. 2017 without start).
+
+    ``x_{t+1} = project(x_t + step_size * steepest(gradient))`` from a random point of the ball. The
+    first misclassified point ends the example, the start included.
+
+    Args:
+        threat: the ball and box to stay in.
+        steps: moves from the start; costs ``steps`` gradients and ``steps + 1`` forward passes.
+        step_size: length of a move in the threat model's norm and the units of x; scalar or (B,).
+        rel_step_size: the same in multiples of ``eps``, so that it follows a sweep over eps. When
+            neither is given, ``2.5 / steps`` (Madry et al.).
+        random_start: whether to start from ``threat.sample`` or from the input itself.
+        momentum: decay of the running sum of L1-normalised gradients (Dong et al. 2018, eq. 6);
+            None for plain gradients.
+        loss: what to ascend, ``loss(logits, y)``; with ``targets=`` it is descended towards the
+            target, unless it is a targeted loss ``loss(logits, y, target)``.
+        keep: which point to return. ``"success"``: the first success, which ends the example, else
+            the highest loss; ``"loss"``: the highest loss after all steps; ``"last"``: the last.
+        estimator: gradient estimator of ``jrobust.zeroth_order`` in place of autodiff.
+    """
+
+    threat: Threat
+    steps: int = static(20)
+    step_size: Any = None
+    rel_step_size: Any = None
+    random_start: bool = static(True)
+    momentum: Any = None
+    loss: losses.Loss = static(losses.cross_entropy)
+    keep: str = static("success")
+    estimator: Any = None
+
+    def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
+        """See :meth:`Attack.check`; also refuses step sizes and momenta that are not positive."""
+        super().check(x, y, classes, targets)
+        if self.step_size is not None and self.rel_step_size is not None:
+            raise ValueError("PGD takes step_size or rel_step_size, not both")
+        for name in ("step_size", "rel_step_size", "momentum"):
+            value = getattr(self, name)
+            if value is not None and not bool(jnp.all(jnp.asarray(value) > 0)):
+                raise ValueError(f"PGD.{name} must be positive or None, got {value}")
+
+    def start(self, record: Record) -> tuple[Array, Any]:
+        """A random or the clean point; carries the step size and the momentum, if any."""
+        x = sample_start(record.threat, record.key, record.x0) if self.random_start else record.x0
+        eps = record.threat.eps
+        if self.step_size is not None:
+            size = 0.0 * eps + self.step_size
+        else:
+            size = eps * (2.5 / self.steps if self.rel_step_size is None else self.rel_step_size)
+        return x, (size, None if self.momentum is None else jnp.zeros_like(x))
+
+    def move(self, state: State, loss: Array, gradient: Array) -> tuple[Array, Any]:
+        """One projected step of steepest ascent."""
+        threat, (size, velocity) = state.record.threat, state.inner
+        if velocity is not None:
+            finite = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+            scale = jnp.sum(jnp.abs(finite), tuple(range(1, finite.ndim)), keepdims=True)
+            velocity = self.momentum * velocity + finite / jnp.where(scale > 0, scale, 1.0)
+            gradient = velocity
+        x = state.x + expand(size, state.x) * threat.steepest(gradient)
+        return threat.project(x, state.record.x0), (size, velocity)
+
+
+def FGSM(  # noqa: N802 - a catalogue name, like the class it configures
+    threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str = "success"
+) -> PGD:
+    """Fast gradient (sign) method: one full step from the input (Goodfellow et al. 2015).
+
+    In L2 this is the fast gradient method, ``x + eps g / |g|``.
+    """
+    return PGD(threat, steps=1, rel_step_size=1.0, random_start=False, loss=loss, keep=keep)
+
+
+def RSFGSM(  # noqa: N802
+    threat: Threat,
+    *,
+    rel_step_size: Any = 1.25,
+    loss: losses.Loss = losses.cross_entropy,
+    keep: str = "success",
+) -> PGD:
+    """FGSM from a random start, "Fast" (Wong et al. 2020, algorithm 3): a step of ``1.25 eps``."""
+    return PGD(threat, steps=1, rel_step_size=rel_step_size, loss=loss, keep=keep)
+
+
+def MIFGSM(  # noqa: N802
+    threat: Threat,
+    *,
+    steps: int = 10,
+    momentum: Any = 1.0,
+    loss: losses.Loss = losses.cross_entropy,
+    keep: str = "success",
+) -> PGD:
+    """Momentum iterative FGSM (Dong et al. 2018, algorithm 1): steps of ``eps / steps``, no start."""
+    return PGD(
+        threat,
+        steps=steps,
+        rel_step_size=1.0 / steps,
+        random_start=False,
+        momentum=momentum,
+        loss=loss,
+        keep=keep,
+    )

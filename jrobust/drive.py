@@ -1,0 +1,151 @@
+"""The loops over attack steps, and what makes them fast. Nothing else loops over steps.
+
+* :func:`until_done` ends when every example has; :func:`fixed` runs a known number of steps and can
+  be differentiated in reverse. Both are ``lax`` loops, so one program serves GPU, TPU and CPU.
+* On CPU, XLA leaves the convolutions of a loop body in the form that differentiation gave them and
+  runs them 5 to 9 times slower than outside of a loop: :func:`rewrite` brings them into the fast
+  form. The loops apply it to their bodies, so callers need not.
+* :class:`Host` marks a model that lives outside JAX: its attacks are stepped from Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrobust._convolution import rewrite
+
+__all__ = ["Host", "Stepper", "fixed", "is_host", "loop", "rewrite", "run", "until_done"]
+
+Array = jax.Array
+Carry = TypeVar("Carry")
+
+
+class Host:
+    """A black-box ``logits_fn`` that is called from Python and never traced.
+
+    Args:
+        fn: takes a numpy array (B, ...) and returns logits (B, C). It is called exactly once for
+            every forward pass that an attack counts; nothing is repeated, dropped or reordered,
+            which a callback inside a compiled program could not promise.
+    """
+
+    def __init__(self, fn: Callable[[np.ndarray], Any]) -> None:
+        self.fn = fn
+
+    def __call__(self, x: Array) -> Array:
+        """Query the black box: (B, ...) -> (B, C) float32."""
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                "a Host model cannot be traced by jit, vmap or grad: attack it with an attack that "
+                "needs no gradient, or with estimator= from jrobust.zeroth_order, outside of jit"
+            )
+        logits = np.asarray(self.fn(np.asarray(x)), np.float32)
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the Host model must return logits of shape ({x.shape[0]}, classes), "
+                f"got shape {logits.shape}"
+            )
+        return jnp.asarray(logits)
+
+
+def is_host(fn: Any) -> bool:
+    """Whether ``fn`` has to be called from Python."""
+    return isinstance(fn, Host)
+
+
+class Stepper(Protocol):
+    """What the loops need of an attack; see :class:`jrobust.attacks.Attack`."""
+
+    @property
+    def schedule(self) -> tuple[int, int] | None:
+        """(rounds, steps in a round) when known beforehand, None when examples end by themselves."""
+
+    def step(self, logits_fn: Any, state: Any, judge: Any = None) -> Any:
+        """Evaluate the current point of every lane, record, propose the next."""
+
+    def close(self, logits_fn: Any, state: Any, judge: Any = None) -> Any:
+        """Evaluate, forward only, the lanes that will not move again in this round."""
+
+    def moving(self, state: Any) -> Array:
+        """(B,) bool: lanes whose next evaluation is followed by a move."""
+
+    def done(self, state: Any) -> Array:
+        """(B,) bool: lanes that have ended."""
+
+
+def loop(
+    n: int, body: Callable[[Array, Carry], Carry], init: Carry, *, host: bool = False
+) -> Carry:
+    """Apply ``carry = body(i, carry)`` for ``i`` in ``0 .. n - 1``.
+
+    Traced as one ``lax`` loop (reverse-differentiable), or, with ``host=True``, run in Python, as
+    a black box needs it whose queries must happen exactly once.
+    """
+    if host:
+        for i in range(n):
+            init = body(i, init)  # type: ignore[arg-type]
+        return init
+    if n == 0:
+        return init
+    fast = rewrite(body, differentiable=True)
+    return jax.lax.fori_loop(0, n, fast, init)
+
+
+def _while(active: Callable[[Carry], Array], body: Callable[[Carry], Carry], init: Carry) -> Carry:
+    return jax.lax.while_loop(
+        lambda s: jnp.any(active(s)), rewrite(body, differentiable=True), init
+    )
+
+
+def until_done(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
+    """Step until every example is done: ends early, cannot be differentiated in reverse.
+
+    The inner loop runs while some lane still needs a gradient; then one forward-only evaluation
+    closes the round, so that ``n`` moves cost ``n`` gradients and ``n + 1`` forward passes.
+    """
+
+    def step(state: Carry) -> Carry:
+        return attack.step(logits_fn, state, judge)
+
+    def a_round(state: Carry) -> Carry:
+        state = _while(attack.moving, step, state)
+        return attack.close(logits_fn, state, judge)
+
+    return _while(lambda s: ~attack.done(s), a_round, state)
+
+
+def fixed(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
+    """Run the whole schedule, whatever happens: reverse-differentiable."""
+    if attack.schedule is None:
+        raise ValueError(f"{attack} ends example by example: drive it with until_done")
+    rounds, steps = attack.schedule
+
+    def a_round(_: Any, state: Carry) -> Carry:
+        state = loop(steps, lambda _, s: attack.step(logits_fn, s, judge), state)
+        return attack.close(logits_fn, state, judge)
+
+    # A single round stays outside of any loop: when only `x` of the result is used, the closing
+    # forward pass is then dead code, and training does not pay for it.
+    return a_round(0, state) if rounds == 1 else loop(rounds, a_round, state)
+
+
+def _on_host(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
+    while not np.all(attack.done(state)):
+        if np.any(attack.moving(state)):
+            state = attack.step(logits_fn, state, judge)
+        else:
+            state = attack.close(logits_fn, state, judge)
+    return state
+
+
+def run(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
+    """Step ``state`` to its end in the loop that fits the attack and the model."""
+    if is_host(logits_fn) or is_host(judge):
+        return _on_host(attack, logits_fn, state, judge)
+    driver = until_done if attack.schedule is None else fixed
+    return driver(attack, logits_fn, state, judge)

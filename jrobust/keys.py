@@ -1,0 +1,50 @@
+"""Per-example PRNG keys: the noise of an example depends on its id, never on its batch.
+
+Fold order, outermost first: example id, attack, restart, step.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Streams of one example that branch by a small index fold it in above this offset, where no step
+# counter reaches, so that a branch never meets a step of its parent.
+_ATTACK = 1 << 30
+_RESTART = 1 << 31
+
+
+def check(key: Array) -> None:
+    """Raise ``TypeError`` unless ``key`` is a single typed key (``jax.random.key``)."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"key must be a typed PRNG key, got {type(key).__name__} of dtype {dtype}; "
+            "make one with jax.random.key(seed)"
+        )
+    if key.shape != ():
+        raise ValueError(f"key must be a single key of shape (), got shape {key.shape}")
+
+
+def examples(key: Array, ids: Array) -> Array:
+    """Keys of examples: ``fold_in(key, id)`` for each of ``ids`` (B,) int -> (B,) keys."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids.astype(jnp.uint32))
+
+
+def fold(keys: Array, data: Array | int) -> Array:
+    """Fold ``data`` (a number, or one for each key) into each of ``keys`` (B,) -> (B,)."""
+    data = jnp.broadcast_to(jnp.asarray(data).astype(jnp.uint32), keys.shape)
+    return jax.vmap(jax.random.fold_in)(keys, data)
+
+
+def attack(keys: Array, index: int) -> Array:
+    """Keys for member ``index`` of a composition; member 0 draws what it would draw alone."""
+    return keys if index == 0 else fold(keys, jnp.uint32(_ATTACK + index))
+
+
+def restart(keys: Array, index: Array) -> Array:
+    """Keys for restart ``index`` (B,); restart 0 draws what the attack would draw alone."""
+    again = fold(keys, jnp.uint32(_RESTART) + index.astype(jnp.uint32))
+    return jnp.where(index == 0, keys, again)

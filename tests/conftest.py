@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices, a persistent compilation cache, and strict numerics for every test."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_compilation_cache_dir", os.environ.get("JROBUST_CACHE", str(ROOT / ".cache" / "jax"))
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """`full` tests run only when asked for by a marker expression."""
+    if config.getoption("-m"):
+        return
+    chosen = [item for item in items if "full" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
+    items[:] = chosen
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
