@@ -39,7 +39,7 @@ def as_pytree(logits_fn: LogitsFn) -> Any:
 
 
 def strong(tree: Any) -> Any:
-    """Numbers as strongly typed float32 arrays, so that int, float and numpy scalars do not retrace."""
+    """Numbers as strong float32 arrays, so that int, float and numpy scalars do not retrace."""
 
     def normalised(leaf: Any) -> Any:
         array = jnp.asarray(leaf)
@@ -49,13 +49,18 @@ def strong(tree: Any) -> Any:
     return jax.tree.map(normalised, tree)
 
 
+def _call(logits_fn: Any, x: Array) -> Any:
+    return logits_fn(x)
+
+
 def count_classes(logits_fn: LogitsFn, x: Array) -> int:
     """Number of classes, from shapes alone.
 
     Raises:
         ValueError, TypeError: unless ``logits_fn`` maps (B, ...) to (B, C) floats.
     """
-    out = jax.eval_shape(lambda fn, x: fn(x), as_pytree(logits_fn), x)
+    # A function of this module, so that JAX finds its trace of the same model again.
+    out = jax.eval_shape(_call, as_pytree(logits_fn), x)
     if not hasattr(out, "shape") or len(out.shape) != 2 or out.shape[0] != x.shape[0]:
         raise ValueError(
             f"logits_fn must map x of shape {x.shape} to logits of shape ({x.shape[0]}, classes), "
@@ -194,9 +199,10 @@ def sweep(
         raise ValueError(f"eps must be a one-dimensional list of radii, got shape {eps.shape}")
     if drive.is_host(logits_fn):
         raise TypeError("a Host model cannot be vmapped: call jrobust.run once for each radius")
-    for radius in eps:
-        with_eps(attack, float(radius)).check(jnp.asarray(x), y, 2, targets)
     x, y, targets, ids = check(attack, key, logits_fn, x, y, ids, targets)
+    for radius in eps:
+        for threat in with_eps(attack, float(radius)).threats():
+            threat.check(x)
     return _run_sweep(
         strong(attack), jnp.asarray(eps), key, as_pytree(logits_fn), x, y, ids, targets
     )

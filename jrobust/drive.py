@@ -24,6 +24,11 @@ __all__ = ["Host", "Stepper", "fixed", "is_host", "loop", "rewrite", "run", "unt
 Array = jax.Array
 Carry = TypeVar("Carry")
 
+_HOST_TRACED = (
+    "a Host model cannot be traced by jit, vmap or grad: attack it with an attack that needs no "
+    "gradient, or with estimator= from jrobust.zeroth_order, outside of jit"
+)
+
 
 class Host:
     """A black-box ``logits_fn`` that is called from Python and never traced.
@@ -40,10 +45,7 @@ class Host:
     def __call__(self, x: Array) -> Array:
         """Query the black box: (B, ...) -> (B, C) float32."""
         if isinstance(x, jax.core.Tracer):
-            raise TypeError(
-                "a Host model cannot be traced by jit, vmap or grad: attack it with an attack that "
-                "needs no gradient, or with estimator= from jrobust.zeroth_order, outside of jit"
-            )
+            raise TypeError(_HOST_TRACED)
         logits = np.asarray(self.fn(np.asarray(x)), np.float32)
         if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
             raise ValueError(
@@ -63,7 +65,7 @@ class Stepper(Protocol):
 
     @property
     def schedule(self) -> tuple[int, int] | None:
-        """(rounds, steps in a round) when known beforehand, None when examples end by themselves."""
+        """(rounds, steps in a round), or None when examples end by themselves."""
 
     def step(self, logits_fn: Any, state: Any, judge: Any = None) -> Any:
         """Evaluate the current point of every lane, record, propose the next."""
@@ -92,14 +94,12 @@ def loop(
         return init
     if n == 0:
         return init
-    fast = rewrite(body, differentiable=True)
+    fast = rewrite(body)
     return jax.lax.fori_loop(0, n, fast, init)
 
 
 def _while(active: Callable[[Carry], Array], body: Callable[[Carry], Carry], init: Carry) -> Carry:
-    return jax.lax.while_loop(
-        lambda s: jnp.any(active(s)), rewrite(body, differentiable=True), init
-    )
+    return jax.lax.while_loop(lambda s: jnp.any(active(s)), rewrite(body), init)
 
 
 def until_done(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
@@ -146,6 +146,8 @@ def _on_host(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -
 def run(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
     """Step ``state`` to its end in the loop that fits the attack and the model."""
     if is_host(logits_fn) or is_host(judge):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+            raise TypeError(_HOST_TRACED)
         return _on_host(attack, logits_fn, state, judge)
     driver = until_done if attack.schedule is None else fixed
     return driver(attack, logits_fn, state, judge)

@@ -14,15 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrobust import keys as _keys
 from jrobust._algorithm import algorithm
 
 Array = jax.Array
 ArrayLike = Any
-
-# The free multiplier of the L2 projection converges monotonically from the feasible side; see
-# `L2.project`. Eight rounds leave errors at float32 rounding in the tests' hardest cases.
-_L2_ROUNDS = 8
 
 
 def expand(value: ArrayLike, like: Array) -> Array:
@@ -38,6 +33,52 @@ def expand(value: ArrayLike, like: Array) -> Array:
 
 def _features(x: Array) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
+
+
+def _root(square: Array) -> Array:
+    """``sqrt`` whose derivative at zero is zero, so that training through an attack has no NaN."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def _multiplier(move: Array, low: Array, high: Array, radius: Array, free: Array) -> Array:
+    """The ``t`` in (B, 1, ...) at which ``clip(t move, low, high)`` has norm ``radius``.
+
+    ``free`` (B, ...) are the features that do not reach their bound at this ``t``.
+    """
+    held = jnp.where(free, 0.0, jnp.where(move > 0, high, low))
+    held = jnp.where(move == 0, 0.0, held)
+    left = jnp.maximum(radius**2 - jnp.sum(held * held, _features(move), keepdims=True), 0.0)
+    loose = jnp.where(free, move, 0.0)
+    loose = jnp.sum(loose * loose, _features(move), keepdims=True)
+    some = loose > 0
+    return jnp.where(some, jnp.minimum(1.0, _root(left / jnp.where(some, loose, 1.0))), 1.0)
+
+
+# Compiled on its own, because an eager caller would compile the loop anew at each call.
+@jax.jit
+def _free_features(move: Array, low: Array, high: Array, radius: Array) -> Array:
+    """(B, ...) bool: which features of the L2 projection do not reach a bound of the box.
+
+    Newton's method from the feasible side: a larger ``t`` leaves fewer features free, and fewer
+    free features need a larger ``t``, so the set shrinks until it is the answer. Two or three
+    rounds are the rule, as many as there are features the limit.
+    """
+
+    def free(t: Array) -> Array:
+        return (t * move > low) & (t * move < high)
+
+    length = _root(jnp.sum(move * move, _features(move), keepdims=True))
+    first = free(jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0)))
+
+    def shrink(inside: Array) -> Array:
+        return inside & free(_multiplier(move, low, high, radius, inside))
+
+    return jax.lax.while_loop(
+        lambda state: jnp.any(state[0] != state[1]),
+        lambda state: (state[1], shrink(state[1])),
+        (first, shrink(first)),
+    )[1]
 
 
 class Threat(abc.ABC):
@@ -60,8 +101,8 @@ class Threat(abc.ABC):
     def steepest(self, gradient: Array) -> Array:
         """The direction of unit norm along which ``gradient`` (B, ...) ascends fastest.
 
-        Zero where the gradient is zero. Non-finite entries of the gradient count as zero, so that
-        a broken model cannot push a point out of its threat model.
+        Zero where the gradient is zero. NaN entries of the gradient count as zero (infinite ones
+        too where the direction has no limit), so that a broken model cannot break the point.
         """
 
     @abc.abstractmethod
@@ -114,11 +155,13 @@ class Threat(abc.ABC):
             )
         for field in ("lo", "hi"):
             shape = np.shape(getattr(self, field))
+            # With an example axis of its own, or for one example.
+            whole = x.shape if len(shape) == x.ndim else x.shape[1:]
             try:
-                fits = np.broadcast_shapes(shape, x.shape[1:]) == x.shape[1:]
+                fits = np.broadcast_shapes(shape, whole) == whole
             except ValueError:
                 fits = False
-            if not fits and not (len(shape) == x.ndim and shape[0] in (1, x.shape[0])):
+            if not fits:
                 raise ValueError(
                     f"{name}.{field} must broadcast against one example of shape {x.shape[1:]}, "
                     f"got shape {shape}"
@@ -229,28 +272,17 @@ class L2(Threat):
 
         By the optimality conditions the answer is ``x0 + clip(t (x - x0), lo - x0, hi - x0)`` for
         the largest ``t <= 1`` that obeys the radius. ``t = eps / norm`` is the released AutoAttack
-        rule (shrink, then clip): feasible, but short wherever the box binds. Solving for the ``t``
-        of the features that are still free raises it monotonically to the answer, and every
-        iterate is feasible.
+        rule (shrink, then clip): feasible, but short wherever the box binds. ``t`` follows in
+        closed form from which features reach the box; its derivative does too.
         """
         eps = expand(self.eps, x0).astype(x0.dtype)
         lo, hi = self._bounds(x0)
         low, high = jnp.minimum(lo - x0, 0.0), jnp.maximum(hi - x0, 0.0)
         move = x - x0
-        length = jnp.sqrt(jnp.sum(move * move, _features(x), keepdims=True))
         # A hair inside, so that rounding of the sum does not leave the ball.
         radius = eps * (1 - 2.0**-22)
-        t = jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
-
-        for _ in range(_L2_ROUNDS):
-            scaled = t * move
-            free = (scaled > low) & (scaled < high)
-            held = jnp.where(free, 0.0, jnp.clip(scaled, low, high))
-            left = radius**2 - jnp.sum(held * held, _features(x), keepdims=True)
-            loose = jnp.where(free, move, 0.0)
-            loose = jnp.sum(loose * loose, _features(x), keepdims=True)
-            solved = jnp.sqrt(jnp.maximum(left, 0.0) / jnp.where(loose > 0, loose, 1.0))
-            t = jnp.where(loose > 0, jnp.maximum(t, jnp.minimum(1.0, solved)), t)
+        free = _free_features(*jax.lax.stop_gradient((move, low, high, radius)))
+        t = _multiplier(move, low, high, radius, free)
         return jnp.clip(x0 + jnp.clip(t * move, low, high), lo, hi)
 
     def sample(self, keys: Array, x0: Array) -> Array:
@@ -266,11 +298,16 @@ class L2(Threat):
         return self.project(x0 + expand(self.eps, x0) * jax.vmap(draw)(keys), x0)
 
     def steepest(self, gradient: Array) -> Array:
-        """The gradient divided by its norm, in two scalings so that no square under- or overflows."""
+        """The gradient over its norm, scaled first so that no square under- or overflows."""
         g = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-        largest = jnp.max(jnp.abs(g), _features(g), keepdims=True, initial=0.0)
-        g = g / jnp.where(largest > 0, largest, 1.0)
-        length = jnp.sqrt(jnp.sum(g * g, _features(g), keepdims=True))
+        # The direction does not depend on the scale, so neither does its derivative.
+        largest = jax.lax.stop_gradient(
+            jnp.max(jnp.abs(g), _features(g), keepdims=True, initial=0.0)
+        )
+        # The reciprocal of a number above 2^126 is subnormal, which XLA takes for zero.
+        shrink = jnp.where(largest > 1.0, 0.125, 1.0)
+        g = (shrink * g) / jnp.where(largest > 0, shrink * largest, 1.0)
+        length = _root(jnp.sum(g * g, _features(g), keepdims=True))
         return g / jnp.where(length > 0, length, 1.0)
 
     def distance(self, x: Array, x0: Array) -> Array:
@@ -280,8 +317,3 @@ class L2(Threat):
     def widest(self, width: float, size: int) -> float:
         """``width * sqrt(size)``."""
         return width * float(np.sqrt(size))
-
-
-def sample_start(threat: Threat, keys: Array, x0: Array) -> Array:
-    """A random start drawn from the start stream (fold 0) of each example's key."""
-    return threat.sample(_keys.fold(keys, 0), x0)

@@ -122,14 +122,19 @@ def observe(
     success: Array,
     *,
     keep: str,
-    forwards: int,
-    backwards: int,
+    forwards: Array | int,
+    backwards: Array | int,
 ) -> Record:
-    """Enter the evaluation of ``x`` into the account of the lanes that are not done."""
+    """Enter the evaluation of ``x`` into the account of the lanes that are not done.
+
+    A NaN ``loss`` marks logits that are not finite: the worst point there is if it is a success.
+    """
     if keep == "success":
         better = success & ~record.success | (loss > record.loss) & (success == record.success)
     elif keep == "loss":
-        better = loss > record.loss
+        worst = jnp.where(success, jnp.inf, -jnp.inf)
+        rank = jnp.where(jnp.isnan(loss), worst, loss)
+        better = rank > jnp.where(jnp.isnan(record.loss), jnp.inf, record.loss)
     else:
         better = jnp.ones_like(success)
     better &= ~record.done
@@ -250,12 +255,11 @@ def check_batch(
     x: Any, y: Any, targets: Any = None, ids: Any = None
 ) -> tuple[Array, Array, Array | None, Array]:
     """Raise unless shapes and dtypes are those of an attack's inputs; fill in ``ids``."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    if x.dtype != jnp.float32:
-        scale = " and divide by 255" if x.dtype == jnp.uint8 else ""
-        raise TypeError(
-            f"x must be float32, got {x.dtype}: convert with x.astype('float32'){scale}"
-        )
+    dtype = getattr(x, "dtype", jnp.float32)  # before JAX narrows float64 in silence
+    if dtype != jnp.float32:
+        scale = " and divide by 255" if dtype == jnp.uint8 else ""
+        raise TypeError(f"x must be float32, got {dtype}: convert with x.astype('float32'){scale}")
+    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
     if x.ndim < 2:
         raise ValueError(
             f"x must have shape (B, ...) with at least one feature axis, got {x.shape}; "
@@ -348,7 +352,7 @@ class GradientAttack(Attack):
         if losses.is_targeted(self.loss) and targets is None:
             raise ValueError(f"{self.loss.__name__} is a targeted loss: pass targets=")
         if self.estimator is not None and hasattr(self.estimator, "check"):
-            self.estimator.check(x)
+            self.estimator.check(x, batched=True)
 
     def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> State:
         """See :meth:`Attack.init`."""
@@ -399,23 +403,28 @@ class GradientAttack(Attack):
         self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None, *, gradient: bool
     ) -> State:
         record = state.record
+        # The last point is judged when it is reached; the way there rests on no verdict, and may
+        # use the hardware's fast precision.
+        sure = judge is None and not (gradient and self.keep == "last")
         loss, logits, grad, forwards, backwards = self._evaluate(
-            logits_fn, record, state.x, state.t, gradient=gradient, sure=judge is None
+            logits_fn, record, state.x, state.t, gradient=gradient, sure=sure
         )
+        loss = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), loss, jnp.nan)
         success = succeeds(logits, record.y, record.target)
         if judge is not None:
             success, judged = _ask(judge, record, state.x, success)
             record = record._replace(forwards=record.forwards + judged)
+        # A lane without moves left is charged the same whether or not the lanes beside it move.
+        ended = state.t >= self.steps
         record = observe(
             record,
             state.x,
             loss,
             success,
             keep=self.keep,
-            forwards=forwards,
-            backwards=backwards,
+            forwards=jnp.where(ended, 1, forwards),
+            backwards=jnp.where(ended, 0, backwards),
         )
-        ended = state.t >= self.steps
         if self.stops_at_success:
             ended |= record.success
         live = ~state.record.done & ~ended

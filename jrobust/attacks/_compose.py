@@ -97,7 +97,8 @@ def restarts(attack: GradientAttack, n: int) -> Restarts:
 
     Raises:
         TypeError: if ``attack`` is itself a composition (restart its members instead).
-        ValueError: if ``n`` is not a positive int, or the attack draws nothing at random.
+        ValueError: if ``n`` is not a positive int, the attack draws nothing at random, or it keeps
+            its last point.
     """
     if not isinstance(attack, GradientAttack):
         raise TypeError(
@@ -110,6 +111,11 @@ def restarts(attack: GradientAttack, n: int) -> Restarts:
         raise ValueError(
             f"{type(attack).__name__} without a random start repeats itself: restarts of it find "
             "nothing new; set random_start=True"
+        )
+    if n > 1 and not attack.stops_at_success and getattr(attack, "keep", "loss") == "last":
+        raise ValueError(
+            "restarts of an attack with keep='last' would return the last restart, however weak: "
+            "set keep='loss' or 'success'"
         )
     return Restarts(attack, n=n)
 

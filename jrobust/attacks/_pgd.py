@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks._base import GradientAttack, Record, State
-from jrobust.threat import Threat, expand, sample_start
+from jrobust.threat import Threat, expand
 
 Array = jax.Array
 
@@ -29,6 +30,8 @@ class PGD(GradientAttack):
         rel_step_size: the same in multiples of ``eps``, so that it follows a sweep over eps. When
             neither is given, ``2.5 / steps`` (Madry et al.).
         random_start: whether to start from ``threat.sample`` or from the input itself.
+        gaussian_start: with a random start, the standard deviation of a Gaussian around the input
+            to start from instead (TRADES, Zhang et al. 2019, algorithm 1: 0.001).
         momentum: decay of the running sum of L1-normalised gradients (Dong et al. 2018, eq. 6);
             None for plain gradients.
         loss: what to ascend, ``loss(logits, y)``; with ``targets=`` it is descended towards the
@@ -43,6 +46,7 @@ class PGD(GradientAttack):
     step_size: Any = None
     rel_step_size: Any = None
     random_start: bool = static(True)
+    gaussian_start: Any = None
     momentum: Any = None
     loss: losses.Loss = static(losses.cross_entropy)
     keep: str = static("success")
@@ -53,15 +57,26 @@ class PGD(GradientAttack):
         super().check(x, y, classes, targets)
         if self.step_size is not None and self.rel_step_size is not None:
             raise ValueError("PGD takes step_size or rel_step_size, not both")
-        for name in ("step_size", "rel_step_size", "momentum"):
+        if self.gaussian_start is not None and not self.random_start:
+            raise ValueError("PGD.gaussian_start goes with random_start=True")
+        for name in ("step_size", "rel_step_size", "gaussian_start", "momentum"):
             value = getattr(self, name)
             if value is not None and not bool(jnp.all(jnp.asarray(value) > 0)):
                 raise ValueError(f"PGD.{name} must be positive or None, got {value}")
 
+    def _start_point(self, record: Record) -> Array:
+        x0, threat = record.x0, record.threat
+        if not self.random_start:
+            return x0
+        keys = _keys.fold(record.key, 0)
+        if self.gaussian_start is None:
+            return threat.sample(keys, x0)
+        noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))(keys)
+        return threat.project(x0 + self.gaussian_start * noise, x0)
+
     def start(self, record: Record) -> tuple[Array, Any]:
         """A random or the clean point; carries the step size and the momentum, if any."""
-        x = sample_start(record.threat, record.key, record.x0) if self.random_start else record.x0
-        eps = record.threat.eps
+        x, eps = self._start_point(record), record.threat.eps
         if self.step_size is not None:
             size = 0.0 * eps + self.step_size
         else:
@@ -80,9 +95,7 @@ class PGD(GradientAttack):
         return threat.project(x, state.record.x0), (size, velocity)
 
 
-def FGSM(  # noqa: N802 - a catalogue name, like the class it configures
-    threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str = "success"
-) -> PGD:
+def FGSM(threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str = "success") -> PGD:
     """Fast gradient (sign) method: one full step from the input (Goodfellow et al. 2015).
 
     In L2 this is the fast gradient method, ``x + eps g / |g|``.
@@ -90,7 +103,7 @@ def FGSM(  # noqa: N802 - a catalogue name, like the class it configures
     return PGD(threat, steps=1, rel_step_size=1.0, random_start=False, loss=loss, keep=keep)
 
 
-def RSFGSM(  # noqa: N802
+def RSFGSM(
     threat: Threat,
     *,
     rel_step_size: Any = 1.25,
@@ -101,7 +114,7 @@ def RSFGSM(  # noqa: N802
     return PGD(threat, steps=1, rel_step_size=rel_step_size, loss=loss, keep=keep)
 
 
-def MIFGSM(  # noqa: N802
+def MIFGSM(
     threat: Threat,
     *,
     steps: int = 10,
@@ -109,7 +122,7 @@ def MIFGSM(  # noqa: N802
     loss: losses.Loss = losses.cross_entropy,
     keep: str = "success",
 ) -> PGD:
-    """Momentum iterative FGSM (Dong et al. 2018, algorithm 1): steps of ``eps / steps``, no start."""
+    """Momentum iterative FGSM, steps of ``eps / steps`` (Dong et al. 2018, algorithm 1)."""
     return PGD(
         threat,
         steps=steps,

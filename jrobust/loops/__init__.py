@@ -1,0 +1,27 @@
+"""The pipelines: ``fit``, ``evaluate`` and ``certify``, each with ``.iter`` to watch it go."""
+
+from jrobust.loops._certify import CertificationEvent, CertificationReport, certify
+from jrobust.loops._evaluate import EvaluationEvent, EvaluationReport, evaluate
+from jrobust.loops._fit import (
+    CleanAccuracy,
+    FitEvent,
+    FitReport,
+    NoisyAccuracy,
+    RobustAccuracy,
+    fit,
+)
+
+__all__ = [
+    "CertificationEvent",
+    "CertificationReport",
+    "CleanAccuracy",
+    "EvaluationEvent",
+    "EvaluationReport",
+    "FitEvent",
+    "FitReport",
+    "NoisyAccuracy",
+    "RobustAccuracy",
+    "certify",
+    "evaluate",
+    "fit",
+]
