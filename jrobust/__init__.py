@@ -3,9 +3,39 @@
 Small pure functions over JAX arrays that compose under ``jit``, ``vmap`` and ``shard_map``.
 """
 
-from jrobust import attacks, drive, keys, losses, threat
+from jrobust import (
+    attacks,
+    data,
+    drive,
+    keys,
+    loops,
+    losses,
+    models,
+    report,
+    smoothing,
+    statistics,
+    threat,
+    training,
+    zeroth_order,
+)
 from jrobust._run import run, sweep
 
 __version__ = "0.1.0"
 
-__all__ = ["attacks", "drive", "keys", "losses", "run", "sweep", "threat"]
+__all__ = [
+    "attacks",
+    "data",
+    "drive",
+    "keys",
+    "loops",
+    "losses",
+    "models",
+    "report",
+    "run",
+    "smoothing",
+    "statistics",
+    "sweep",
+    "threat",
+    "training",
+    "zeroth_order",
+]

@@ -11,11 +11,12 @@ transposes that XLA would have made into the jaxpr.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
@@ -77,7 +78,7 @@ def _jaxpr(jaxpr: Jaxpr, done: dict[int, tuple[Jaxpr, Jaxpr]]) -> Jaxpr:
 
 def _equation(eqn: JaxprEqn, done: dict[int, tuple[Jaxpr, Jaxpr]]) -> JaxprEqn:
     if eqn.primitive.name == "conv_general_dilated":
-        return eqn if _is_canonical(eqn) else _convolution(eqn)
+        return eqn if _is_fast(eqn) else _convolution(eqn)
     if eqn.primitive.name not in _CALLS:
         return eqn
 
@@ -109,57 +110,76 @@ def _on_cpu(platforms: tuple[tuple[str, ...] | None, ...] | None, n: int) -> lis
 
 
 def _canonical(rank: int) -> lax.ConvDimensionNumbers:
-    """``N...C, ...IO, N...C``, as the positions of (N, C, ...) and (O, I, ...)."""
+    """``N...C, ...IO, N...C``, as the positions of (N, C, ...) and of (O, I, ...)."""
     spatial = range(rank - 2)
     image = (0, rank - 1, *(s + 1 for s in spatial))
     return lax.ConvDimensionNumbers(image, (rank - 1, rank - 2, *spatial), image)
 
 
-def _is_canonical(eqn: JaxprEqn) -> bool:
-    aval = eqn.outvars[0].aval
-    numbers = lax.ConvDimensionNumbers(*map(tuple, eqn.params["dimension_numbers"]))
-    return numbers == _canonical(aval.ndim) or not jax.dtypes.issubdtype(
-        aval.dtype, jax.numpy.floating
+def _swaps(size: Sequence[int], kernel: Sequence[int], params: dict[str, Any]) -> bool:
+    """Whether XLA will exchange image and kernel, which undoes the layout (and is slow anywhere).
+
+    It does so for a kernel larger than the image, not counting unpadded steps along length 1.
+    """
+    steps = zip(size, kernel, params["window_strides"], params["rhs_dilation"])
+    return math.prod(kernel) > math.prod(k if n == s == d == 1 else n for n, k, s, d in steps)
+
+
+def _is_fast(eqn: JaxprEqn) -> bool:
+    lhs, rhs = (v.aval for v in eqn.invars)
+    layout = lax.ConvDimensionNumbers(*map(tuple, eqn.params["dimension_numbers"]))
+    if not jax.numpy.issubdtype(lhs.dtype, jax.numpy.floating):
+        return True
+    return layout == _canonical(lhs.ndim) and not _swaps(
+        lhs.shape[1:-1], rhs.shape[:-2], eqn.params
     )
+
+
+def _permute(x: jax.Array, source: Sequence[int], target: Sequence[int]) -> jax.Array:
+    where = dict(zip(target, source))
+    order = [where[d] for d in range(x.ndim)]
+    return x if order == sorted(order) else lax.transpose(x, order)
 
 
 def _convolution(eqn: JaxprEqn) -> JaxprEqn:
     old = eqn.params["dimension_numbers"]
     new = _canonical(len(old.lhs_spec))
-    bind = functools.partial(eqn.primitive.bind, **eqn.params)
+    plain = functools.partial(eqn.primitive.bind, **eqn.params)
 
-    def permute(x: jax.Array, source: Any, target: Any) -> jax.Array:
-        where = dict(zip(target, source))
-        order = [where[d] for d in range(x.ndim)]
-        return x if order == sorted(order) else lax.transpose(x, order)
-
-    V = os.environ.get("VARIANT", "both")
     def fast(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        lhs = permute(lhs, old.lhs_spec, new.lhs_spec)
-        rhs = permute(rhs, old.rhs_spec, new.rhs_spec)
-        if V == "both":
-            lhs, rhs = lax.optimization_barrier((lhs, rhs))
-        elif V == "r":
-            rhs = lax.optimization_barrier(rhs)
-        elif V == "lr":
-            lhs = lax.optimization_barrier(lhs)
-            rhs = lax.optimization_barrier(rhs)
-        out = eqn.primitive.bind(lhs, rhs, **{**eqn.params, "dimension_numbers": new})
-        return permute(out, new.out_spec, old.out_spec)
+        params = {**eqn.params, "dimension_numbers": new}
+        lhs = _permute(lhs, old.lhs_spec, new.lhs_spec)
+        rhs = _permute(rhs, old.rhs_spec, new.rhs_spec)
+        if (groups := params["batch_group_count"]) > 1:  # XLA lowers feature groups better
+            n, *size, c = lhs.shape
+            lhs = lax.reshape(lhs, (groups, n // groups, *size, c))
+            lhs = lax.transpose(lhs, (*range(1, lhs.ndim - 1), 0, lhs.ndim - 1))
+            lhs = lax.reshape(lhs, (n // groups, *size, groups * c))
+            params |= {"batch_group_count": 1, "feature_group_count": groups}
+        if _swaps(lhs.shape[1:-1], rhs.shape[:-2], params):
+            pad = [
+                (low, high, d - 1)
+                for (low, high), d in zip(params["padding"], params["lhs_dilation"])
+            ]
+            lhs = lax.pad(lhs, numpy.zeros((), lhs.dtype), [(0, 0, 0), *pad, (0, 0, 0)])
+            lhs = lax.optimization_barrier(lhs)  # or XLA would merge the padding again
+            params |= {"padding": ((0, 0),) * len(pad), "lhs_dilation": (1,) * len(pad)}
+        out = eqn.primitive.bind(lhs, rhs, **params)
+        return _permute(out, new.out_spec, old.out_spec)
 
-    # The rule spares a later derivative the residuals of both branches.
+    # With a rule of its own, a later derivative does not carry the residuals of both branches.
     @jax.custom_jvp
     def convolution(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return lax.platform_dependent(lhs, rhs, cpu=fast, default=bind)
+        return lax.platform_dependent(lhs, rhs, cpu=fast, default=plain)
 
     def jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
         (lhs, rhs), (dlhs, drhs) = primals, tangents
-        terms = []
-        if not isinstance(dlhs, SymbolicZero):
-            terms.append(bind(dlhs, rhs))
-        if not isinstance(drhs, SymbolicZero):
-            terms.append(bind(lhs, drhs))
-        return convolution(lhs, rhs), sum(terms[1:], terms[0])
+        terms = [
+            plain(*pair)
+            for pair in ((dlhs, rhs), (lhs, drhs))
+            if not any(isinstance(value, SymbolicZero) for value in pair)
+        ]
+        return convolution(lhs, rhs), functools.reduce(lax.add, terms)
 
     convolution.defjvp(jvp, symbolic_zeros=True)
     with eqn.ctx.manager:

@@ -153,7 +153,7 @@ def table_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     >>> print(table_text(["model", "clean"], [["standard", 0.98765], ["TRADES", None]]))
     model      clean
     --------  ------
-    standard  0.9876
+    standard  0.9877
     TRADES         -
     """
     cells, right = _cells(columns, rows)

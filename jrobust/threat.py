@@ -220,17 +220,16 @@ class Linf(Threat):
         """Clip to the ball, then to the box: exact, since both are products of intervals.
 
         The result obeys ``|x - x0| <= eps`` in exact arithmetic, eps being the float32 number:
-        ``x0 + eps`` is stepped towards ``x0`` where rounding took it out of the ball.
+        where rounding of ``x0 + eps`` took it out of the ball, it is stepped towards ``x0``.
         """
         eps = expand(self.eps, x0).astype(x0.dtype)
         lo, hi = self._bounds(x0)
-        top, bottom = x0 + eps, x0 - eps
-        # One of the two differences is exact (Fast2Sum), so the tests see every overshoot.
-        top = jnp.where((top - x0 > eps) | (top - eps > x0), jnp.nextafter(top, x0), top)
-        bottom = jnp.where(
-            (x0 - bottom > eps) | (bottom + eps < x0), jnp.nextafter(bottom, x0), bottom
-        )
-        return jnp.clip(x, jnp.maximum(bottom, lo), jnp.minimum(top, hi))
+        x = jnp.clip(x, jnp.maximum(x0 - eps, lo), jnp.minimum(x0 + eps, hi))
+        # One of the differences is exact (Fast2Sum), so the tests see every overshoot and nothing
+        # else. They look at the clipped point, because XLA would fold (x0 + eps) - x0 to eps.
+        outside = (jnp.abs(x - x0) > eps) | (x - eps > x0) | (x + eps < x0)
+        inward = jnp.nextafter(*jax.lax.stop_gradient((x, x0)))
+        return jnp.where(outside, x + (inward - jax.lax.stop_gradient(x)), x)
 
     def sample(self, keys: Array, x0: Array) -> Array:
         """Uniform in the ball, then clipped to the box (Madry et al. 2018)."""

@@ -351,7 +351,7 @@ class GradientAttack(Attack):
             raise ValueError(f"{name}.keep must be one of {self.KEEPS}, got {self.keep!r}")
         if losses.is_targeted(self.loss) and targets is None:
             raise ValueError(f"{self.loss.__name__} is a targeted loss: pass targets=")
-        if self.estimator is not None and hasattr(self.estimator, "check"):
+        if self.estimator is not None:
             self.estimator.check(x, batched=True)
 
     def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> State:

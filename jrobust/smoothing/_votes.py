@@ -1,0 +1,157 @@
+"""Counting the votes of a classifier over noisy copies of its input, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrobust import drive, keys
+from jrobust.smoothing._noise import Noise, check_dtype
+
+Array = jax.Array
+
+# One forward pass takes at most this many rows and this many input values (64 MiB in float32).
+_ROWS = 4096
+_VALUES = 2**24
+
+
+class Stages(NamedTuple):
+    """One key for each stage of a certificate, so that none sees another's samples."""
+
+    select: Array
+    estimate: Array
+
+
+def stages(key: Array) -> Stages:
+    """The keys ``fold_in(key, 0)`` for selecting a class and ``fold_in(key, 1)`` for estimating it.
+
+    The bound on the selected class holds only for samples that had no part in selecting it.
+    """
+    keys.check(key)
+    return Stages(*(jax.random.fold_in(key, stage) for stage in range(len(Stages._fields))))
+
+
+def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) -> None:
+    keys.check(key)
+    if "rbg" in str(jax.random.key_impl(key)):
+        raise ValueError(
+            "votes need a threefry key, got an rbg key, whose draws depend on the batch around "
+            "them; make the key with jax.random.key(seed, impl='threefry2x32')"
+        )
+    dtype = getattr(x, "dtype", type(x).__name__)
+    if dtype != jnp.float32:
+        raise TypeError(
+            f"x must be a float32 array, got {dtype}: noise is added in float32 before anything "
+            "else; convert and scale x first and let the model cast to its own precision"
+        )
+    if x.ndim < 1 or 0 in x.shape:
+        raise ValueError(f"x must be a non-empty batch (B, ...), got shape {x.shape}")
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < 2**31:
+        raise ValueError(f"n must be a Python int in [1, 2^31), got {n!r}")
+    if not jnp.issubdtype(jnp.result_type(start), jnp.integer) or jnp.ndim(start) != 0:
+        raise TypeError(f"start must be an integer, got {start!r}")
+    if not isinstance(start, jax.core.Tracer) and not 0 <= int(start) <= 2**32 - n:
+        raise ValueError(f"samples start .. start + n - 1 must lie in [0, 2^32), got {start=}")
+    if ids is not None and (ids.shape != x.shape[:1] or not jnp.issubdtype(ids.dtype, jnp.integer)):
+        raise ValueError(
+            f"ids must be integers of shape {x.shape[:1]}, one for each row of x, "
+            f"got {ids.dtype} of shape {ids.shape}"
+        )
+
+
+def count_votes(
+    key: Array,
+    logits_fn: Callable[[Array], Array],
+    x: Array,
+    noise: Noise,
+    n: int,
+    *,
+    start: Array | int = 0,
+    ids: Array | None = None,
+    chunk: int | None = None,
+) -> Array:
+    """Count the classes that ``logits_fn`` gives to n noisy copies of each input.
+
+    Pure and traceable: call it inside ``jax.jit`` with n and chunk fixed. Sample j of the image
+    with id i is drawn from ``fold_in(fold_in(key, i), j)`` in float32 and added to float32 x
+    before anything else, so that votes do not depend on chunk, batch, order or device, up to the
+    rounding of the network at another batch shape. Counts over disjoint ranges of samples add up.
+
+    The network runs under ``jax.default_matmul_precision("highest")``: a certificate is about
+    ``logits_fn`` in the precision it is written in, not in one that the hardware prefers. Layers
+    that name their own precision keep it. It must treat rows independently: batch statistics and
+    dropout off, normalisation inside ``logits_fn``, after the noise.
+
+    Args:
+        key: a typed threefry key, of one stage: see :func:`stages`.
+        logits_fn: (R, ...) float32 -> (R, C) logits, C >= 2; any callable.
+        x: (B, ...) float32 inputs, in the units of the noise.
+        noise: for example :class:`Gaussian`.
+        n: samples for each input, a Python int.
+        start: index of the first sample; may be traced. ``start + n`` may not exceed 2^32.
+        ids: (B,) integer ids of the inputs, by default 0 .. B - 1.
+        chunk: samples of each input in one forward pass, which takes B * chunk rows; by default
+            what fills 4,096 rows or 2^24 input values, whichever is less.
+
+    Returns:
+        (B, C + 1) int32, each row summing to n. The last column counts rejects: samples whose noisy
+        input or any of whose logits is not finite.
+
+    Raises:
+        TypeError: x not float32, start not integer, a raw uint32 key.
+        ValueError: empty x, n or chunk < 1, ids of another shape, an rbg key, noise not float32,
+            logits that are not (R, C) with C >= 2.
+    """
+    ids = None if ids is None else jnp.asarray(ids)
+    _check(key, x, n, start, ids)
+    x = jnp.asarray(x)
+    batch, shape = x.shape[0], x.shape[1:]
+    if chunk is None:
+        rows = min(_ROWS, _VALUES // math.prod(shape))
+        chunk = max(1, rows // batch)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    chunk = min(chunk, n)
+    rows = batch * chunk
+
+    if not isinstance(start, jax.core.Tracer):
+        start = jnp.uint32(start)
+    start = jnp.asarray(start).astype(jnp.uint32)
+    ids = jnp.arange(batch) if ids is None else ids
+    image_keys = jnp.repeat(keys.examples(key, ids), chunk)
+    offsets = jnp.arange(chunk, dtype=jnp.uint32)
+
+    def logits_of(points: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return logits_fn(points)
+
+    out = jax.eval_shape(logits_of, jax.ShapeDtypeStruct((rows, *shape), jnp.float32))
+    if getattr(out, "ndim", None) != 2 or out.shape[0] != rows or out.shape[1] < 2:
+        raise ValueError(
+            f"logits_fn must map {(rows, *shape)} to ({rows}, C) logits with C >= 2, got {out}"
+        )
+    classes = out.shape[1]
+
+    def body(i: Array, counts: Array) -> Array:
+        done = jnp.asarray(i).astype(jnp.uint32) * chunk + offsets  # (chunk,), from 0
+        draws = jax.vmap(lambda k: noise.sample(k, shape))(
+            keys.fold(image_keys, jnp.tile(start + done, batch))
+        )
+        check_dtype(draws.dtype)
+        points = jnp.repeat(x, chunk, axis=0) + draws
+        logits = logits_of(points)
+        finite = jnp.isfinite(points).reshape(rows, -1).all(axis=1)
+        finite &= jnp.isfinite(logits).all(axis=1)
+        votes = jnp.where(finite, jnp.argmax(logits, axis=1), classes).reshape(batch, chunk)
+        votes = jnp.where((done < n)[None], votes, -1)  # the tail of the last chunk is nobody's
+        hits = votes[:, :, None] == jnp.arange(classes + 1)[None, None]
+        return counts + hits.sum(axis=1, dtype=jnp.int32)
+
+    # Zeros made from the inputs vary over a mesh where the counts will.
+    zero = jnp.zeros_like(ids, jnp.int32) + jnp.zeros_like(start, jnp.int32)
+    init = jnp.zeros_like(x, jnp.int32, shape=(batch, classes + 1)) + zero[:, None]
+    return drive.loop(-(-n // chunk), body, init)

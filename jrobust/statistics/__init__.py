@@ -1,0 +1,15 @@
+"""Exact statistics in float64 on the host."""
+
+from jrobust.statistics._binomial import (
+    binomial_test,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    false_certificates,
+)
+
+__all__ = [
+    "binomial_test",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "false_certificates",
+]
