@@ -11,6 +11,7 @@ from jrobust import (
     loops,
     losses,
     models,
+    parallel,
     report,
     smoothing,
     statistics,
@@ -18,11 +19,13 @@ from jrobust import (
     training,
     zeroth_order,
 )
+from jrobust._algorithm import algorithm, static
 from jrobust._run import run, sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "algorithm",
     "attacks",
     "data",
     "drive",
@@ -30,9 +33,11 @@ __all__ = [
     "loops",
     "losses",
     "models",
+    "parallel",
     "report",
     "run",
     "smoothing",
+    "static",
     "statistics",
     "sweep",
     "threat",

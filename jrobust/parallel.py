@@ -1,0 +1,220 @@
+"""Devices: the mesh, the three data-parallel back ends, and the one place where they reduce.
+
+The same pure functions run on one device or many. :func:`data_parallel` splits the example axis of
+some arguments over a mesh:
+
+========= ======================================================= =============================
+backend   how                                                     batch statistics
+========= ======================================================= =============================
+jit       one global program, partitioned by XLA (the default)    of the global batch
+shard_map one program for each device; loops end on their own     of the device, unless the model
+                                                                  names ``axis_name="data"``
+pmap      the same in the older interface                         as shard_map
+========= ======================================================= =============================
+
+Attacks and votes do not communicate, so ``shard_map`` lets every device leave its loops early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+Backend = Literal["jit", "shard_map", "pmap"]
+Axes = int | None | Sequence[int | None]
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("_inside", default=False)
+
+
+def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh over ``devices`` (all of them when None), axis ``"data"``."""
+    devices = jax.devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("a mesh needs at least one device")
+    return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
+
+
+@contextlib.contextmanager
+def _per_device() -> Iterator[None]:
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def _spec(axis: int | None) -> P:
+    if axis not in (0, None):
+        raise ValueError(f"in_axes and out_axes hold 0 (split) or None (replicated), got {axis!r}")
+    return P() if axis is None else P(AXIS)
+
+
+def _size(args: Sequence[Any], axes: Sequence[int | None], devices: int) -> None:
+    for arg, axis in zip(args, axes):
+        for leaf in jax.tree.leaves(arg) if axis == 0 else ():
+            if np.ndim(leaf) == 0 or np.shape(leaf)[0] % devices:
+                raise ValueError(
+                    f"an array of shape {np.shape(leaf)} cannot be split over {devices} devices: "
+                    "its first axis must be a multiple of them; pad the batch (the loops do)"
+                )
+
+
+class DataParallel:
+    """A function split over the devices of a mesh; made by :func:`data_parallel`."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        mesh: Mesh,
+        backend: Backend,
+        in_axes: tuple[int | None, ...],
+        out_axes: int | None,
+        donate_argnums: tuple[int, ...],
+    ) -> None:
+        self.mesh, self.in_axes, self._pmapped = mesh, in_axes, backend == "pmap"
+        self._out_axis = out_axes
+        specs, out = tuple(map(_spec, in_axes)), _spec(out_axes)
+
+        def local(*args: Any) -> Any:
+            with _per_device():
+                return fn(*args)
+
+        if backend == "jit":
+            self._program: Any = jax.jit(
+                fn,
+                in_shardings=tuple(NamedSharding(mesh, s) for s in specs),
+                out_shardings=NamedSharding(mesh, out),
+                donate_argnums=donate_argnums,
+            )
+        elif backend == "shard_map":
+            self._program = jax.jit(
+                jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out),
+                donate_argnums=donate_argnums,
+            )
+        elif backend == "pmap":
+            self._program = jax.pmap(
+                local,
+                AXIS,
+                in_axes=in_axes,
+                out_axes=out_axes,
+                devices=list(mesh.devices.flat),
+                donate_argnums=donate_argnums,
+            )
+        else:
+            raise ValueError(f"backend must be 'jit', 'shard_map' or 'pmap', got {backend!r}")
+
+    def put(self, *args: Any) -> tuple[Any, ...]:
+        """``args`` where the program wants them: split or copied over the devices."""
+        if len(args) != len(self.in_axes):
+            raise TypeError(f"expected {len(self.in_axes)} arguments, got {len(args)}")
+        _size(args, self.in_axes, self.mesh.size)
+        if self._pmapped:
+            return tuple(
+                jax.tree.map(self._fold, arg) if axis == 0 else arg
+                for arg, axis in zip(args, self.in_axes)
+            )
+        return tuple(
+            jax.device_put(arg, NamedSharding(self.mesh, _spec(axis)))
+            for arg, axis in zip(args, self.in_axes)
+        )
+
+    def _fold(self, leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf.reshape(self.mesh.size, leaf.shape[0] // self.mesh.size, *leaf.shape[1:])
+
+    def _flat(self, out: Any) -> Any:
+        if not self._pmapped or self._out_axis is None:
+            return out
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the whole batch."""
+        return self._flat(self._program(*self.put(*args)))
+
+    def compile(self, *args: Any) -> Callable[..., Any]:
+        """Compile ahead of time for arguments like ``args``; the result takes such arguments."""
+        program = self._program.lower(*self.put(*args)).compile()
+        return lambda *args: self._flat(program(*self.put(*args)))
+
+
+def data_parallel(
+    fn: Callable[..., Any],
+    mesh: Mesh | None = None,
+    backend: Backend = "jit",
+    *,
+    in_axes: Axes = 0,
+    out_axes: int | None = 0,
+    donate_argnums: int | Sequence[int] = (),
+) -> DataParallel:
+    """``fn`` over a batch that is split over devices.
+
+    Args:
+        fn: pure function of pytrees. Under ``shard_map`` and ``pmap`` it sees one device's rows,
+            and what it returns unsplit must be equal on all devices: only
+            :func:`value_and_grad` makes it so.
+        mesh: from :func:`mesh`; all devices when None.
+        backend: see the module.
+        in_axes: for each argument 0 (leaves are split along their first axis) or None (copied).
+        out_axes: the same for the result as a whole.
+        donate_argnums: arguments whose buffers may be reused, as in ``jax.jit``.
+
+    Raises:
+        ValueError: for an unknown back end or axis, and when called with a batch that is not a
+            multiple of the number of devices.
+    """
+    mesh = globals()["mesh"]() if mesh is None else mesh
+    if AXIS not in mesh.axis_names or mesh.size != mesh.shape[AXIS]:
+        raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {dict(mesh.shape)}")
+    axes = tuple(in_axes) if isinstance(in_axes, Sequence) else None
+    if axes is None:
+        import inspect
+
+        axes = (in_axes,) * len(inspect.signature(fn).parameters)  # type: ignore[assignment]
+    donate = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+    return DataParallel(fn, mesh, backend, axes, out_axes, donate)  # type: ignore[arg-type]
+
+
+def value_and_grad(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.value_and_grad(fn, has_aux=True)`` of the whole batch, whatever back end runs it.
+
+    ``fn(params, *args) -> (loss, aux)`` gives means over its rows. The result takes one keyword
+    more, ``weight``: how many rows those are. Where each device sees its own rows, the loss, its
+    gradients and all floating leaves of ``aux`` are averaged over devices by weight, so that the
+    outcome is that of the global batch. (``pmean`` of the gradient of a local loss is N times too
+    large under ``shard_map`` and right under ``pmap``; here both are right.)
+    """
+
+    def reduced(params: Any, *args: Any, weight: Any) -> Any:
+        if not _inside.get():
+            return jax.value_and_grad(fn, has_aux=True)(params, *args)
+        weight = jnp.asarray(weight, jnp.float32)
+        share = weight / jnp.maximum(jax.lax.psum(weight, AXIS), 1e-30)
+        # Marked as different on every device, so that their gradients stay local until reduced.
+        params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, AXIS, to="varying"), params)
+
+        def part(params: Any) -> Any:
+            # Weighted before it is differentiated: where batch-norm communicates, a device's loss
+            # depends on the rows of others.
+            value, aux = fn(params, *args)
+            return share * value, aux
+
+        (value, aux), grads = jax.value_and_grad(part, has_aux=True)(params)
+
+        def mean(leaf: Any) -> Any:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return leaf
+            return jax.lax.psum(share * leaf.astype(jnp.float32), AXIS).astype(leaf.dtype)
+
+        value, grads = jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), (value, grads))
+        return (value, jax.tree.map(mean, aux)), grads
+
+    return reduced
