@@ -17,12 +17,18 @@ _RESTART = 1 << 31
 
 
 def check(key: Array) -> None:
-    """Raise ``TypeError`` unless ``key`` is a single typed key (``jax.random.key``)."""
+    """Raise ``TypeError`` unless ``key`` is a single typed Threefry key (``jax.random.key``)."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise TypeError(
             f"key must be a typed PRNG key, got {type(key).__name__} of dtype {dtype}; "
             "make one with jax.random.key(seed)"
+        )
+    if "rbg" in str(jax.random.key_impl(key)):
+        raise TypeError(
+            f"key is of the {jax.random.key_impl(key)} generator, whose draws depend on the batch "
+            "under vmap, so that no example would own its noise; use "
+            "jax.random.key(seed, impl='threefry2x32')"
         )
     if key.shape != ():
         raise ValueError(f"key must be a single key of shape (), got shape {key.shape}")

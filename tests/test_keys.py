@@ -62,5 +62,7 @@ def test_check_accepts_one_typed_key_only(key):
         keys.check(jax.random.PRNGKey(0))
     with pytest.raises(TypeError, match="typed PRNG key, got int"):
         keys.check(0)
+    with pytest.raises(TypeError, match="rbg generator, whose draws depend on the batch"):
+        keys.check(jax.random.key(0, impl="rbg"))
     with pytest.raises(ValueError, match=r"single key of shape \(\), got shape \(3,\)"):
         keys.check(jax.random.split(key, 3))

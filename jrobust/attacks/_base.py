@@ -336,14 +336,17 @@ class GradientAttack(Attack):
         return None if self.stops_at_success else (1, self.steps)
 
     def threats(self) -> tuple[Threat, ...]:
-        """The one threat model."""
+        """The one threat model; raises ``TypeError`` if it is none."""
+        if not isinstance(self.threat, Threat):
+            raise TypeError(
+                f"{type(self).__name__}.threat must be a threat model such as Linf(8 / 255), "
+                f"got {self.threat!r}"
+            )
         return (self.threat,)
 
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
         """See :meth:`Attack.check`."""
         name = type(self).__name__
-        if not isinstance(self.threat, Threat):
-            raise TypeError(f"{name}.threat must be a threat model, got {self.threat!r}")
         super().check(x, y, classes, targets)
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"{name}.steps must be a positive int, got {self.steps!r}")

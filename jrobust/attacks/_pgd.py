@@ -99,6 +99,11 @@ def FGSM(threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str 
     """Fast gradient (sign) method: one full step from the input (Goodfellow et al. 2015).
 
     In L2 this is the fast gradient method, ``x + eps g / |g|``.
+
+    Args:
+        threat: the ball and box to stay in.
+        loss: what to ascend, as in :class:`PGD`.
+        keep: which point to return, as in :class:`PGD`.
     """
     return PGD(threat, steps=1, rel_step_size=1.0, random_start=False, loss=loss, keep=keep)
 
@@ -110,7 +115,14 @@ def RSFGSM(
     loss: losses.Loss = losses.cross_entropy,
     keep: str = "success",
 ) -> PGD:
-    """FGSM from a random start, "Fast" (Wong et al. 2020, algorithm 3): a step of ``1.25 eps``."""
+    """FGSM from a random start, "Fast" (Wong et al. 2020, algorithm 3).
+
+    Args:
+        threat: the ball and box to stay in.
+        rel_step_size: length of the step in multiples of ``eps``.
+        loss: what to ascend, as in :class:`PGD`.
+        keep: which point to return, as in :class:`PGD`.
+    """
     return PGD(threat, steps=1, rel_step_size=rel_step_size, loss=loss, keep=keep)
 
 
@@ -122,7 +134,15 @@ def MIFGSM(
     loss: losses.Loss = losses.cross_entropy,
     keep: str = "success",
 ) -> PGD:
-    """Momentum iterative FGSM, steps of ``eps / steps`` (Dong et al. 2018, algorithm 1)."""
+    """Momentum iterative FGSM, steps of ``eps / steps`` (Dong et al. 2018, algorithm 1).
+
+    Args:
+        threat: the ball and box to stay in.
+        steps: moves, from the input itself.
+        momentum: decay of the running sum of gradients.
+        loss: what to ascend, as in :class:`PGD`.
+        keep: which point to return, as in :class:`PGD`.
+    """
     return PGD(
         threat,
         steps=steps,

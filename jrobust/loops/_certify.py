@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jrobust import _run, drive, smoothing
+from jrobust import _run, drive, parallel, smoothing
 from jrobust._algorithm import describe
-from jrobust.attacks._base import check_batch
 from jrobust.data import Dataset
-from jrobust.loops._lanes import Bar, Clock, Files, lane_count, rows
+from jrobust.loops._lanes import (
+    Bar,
+    Clock,
+    Files,
+    check_count,
+    check_data,
+    lane_count,
+    rows,
+    with_iter,
+)
+from jrobust.statistics._binomial import check_probability
 
 _COUNTED = ("prediction", "radius", "p_lower", "selected", "count", "rejects", "n")
 _COLUMNS = ("id", "y", "correct", *_COUNTED)
+_AXES = (None, None, 0, None, 0)  # key, model, x, noise, ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,12 +70,27 @@ class CertificationReport:
 
 
 class CertificationEvent(NamedTuple):
-    """Yielded after every batch; ``report`` is set on the last."""
+    """Yielded after every batch, and once more with the ``report``.
+
+    Attributes:
+        finished: images certified or abstained on so far, of ``total``.
+        total: images.
+        certified: images certified as their true label so far.
+        report: what :func:`certify` returns, on the last event.
+    """
 
     finished: int
     total: int
     certified: int
     report: CertificationReport | None = None
+
+
+@functools.lru_cache(maxsize=64)
+def _counter(samples: int, chunk: int | None) -> Callable[..., jax.Array]:
+    def count(key: Any, model: Any, x: Any, noise: Any, ids: Any) -> jax.Array:
+        return smoothing.count_votes(key, model, x, noise, samples, ids=ids, chunk=chunk)
+
+    return count
 
 
 def _iterate(
@@ -77,23 +105,29 @@ def _iterate(
     batch_size: int = 32,
     chunk: int | None = None,
     directory: Any = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[CertificationEvent]:
+    """See :func:`certify`."""
     if drive.is_host(logits_fn):
         raise TypeError("certification compiles its votes: a Host model cannot be certified yet")
-    lanes, total = lane_count(batch_size, len(data)), len(data)
-    x, _, _, ids = check_batch(data.x, data.y, ids=data.id)
-    if not np.all(np.isfinite(data.x)):
-        raise ValueError("data.x holds values that are not finite")
-    classes = _run.count_classes(logits_fn, x[:1])
-    _run.check_labels("y", data.y, classes)
+    mesh = parallel.mesh() if mesh is None else mesh
+    check_data(data)
+    lanes, total = lane_count(batch_size, len(data), mesh), len(data)
+    for name, value in (("n0", n0), ("n", n), ("chunk", n if chunk is None else chunk)):
+        check_count(name, value)
+    check_probability("alpha", alpha)
+    if not callable(getattr(noise, "check", None)) or isinstance(noise, type):
+        raise TypeError(f"noise must be a noise such as smoothing.Gaussian(0.25), got {noise!r}")
     noise.check()
+    stages = smoothing.stages(key)
+    classes = _run.count_classes(logits_fn, jnp.asarray(data.x[:1]))
+    _run.check_labels("y", data.y, classes)
     reach = smoothing.ceiling(noise, n, alpha)
     if reach <= 0:
         raise ValueError(
             f"n = {n} votes can never certify anything at alpha = {alpha}: even unanimous votes "
             "leave a radius of zero; raise n"
         )
-    stages = smoothing.stages(key)
     clock, files = Clock(), Files(directory, _COLUMNS)
     configuration = {
         "noise": describe(noise),
@@ -110,21 +144,20 @@ def _iterate(
     files.json("configuration.json", configuration)
     model, noise = _run.as_pytree(logits_fn), _run.strong(noise)
 
-    def counter(samples: int) -> Any:
-        def count(key: Any, model: Any, x: Any, noise: Any, ids: Any) -> Any:
-            return smoothing.count_votes(key, model, x, noise, samples, ids=ids, chunk=chunk)
+    def lane(index: np.ndarray) -> tuple[Any, ...]:
+        return model, jnp.asarray(data.x[index]), noise, jnp.asarray(data.id[index])
 
-        index = np.resize(np.arange(total), lanes)
-        return clock.compiled(count, stages.select, model, x[index], noise, ids[index])
-
-    select, estimate = counter(n0), counter(n)
+    example = (stages.select, *lane(np.resize(np.arange(total), lanes)))
+    select, estimate = (
+        clock.compiled(_counter(samples, chunk), *example, mesh=mesh, in_axes=_AXES)
+        for samples in (n0, n)
+    )
     counts = np.zeros((2, total, classes + 1), np.int32)
     done = certified = 0
     for index, mask in rows(np.arange(total), lanes):
-        piece = index[mask]
-        lane = (model, x[index], noise, ids[index])
-        counts[0, piece] = np.asarray(select(stages.select, *lane))[mask]
-        counts[1, piece] = np.asarray(estimate(stages.estimate, *lane))[mask]
+        piece, batch = index[mask], lane(index)
+        counts[0, piece] = np.asarray(select(stages.select, *batch))[mask]
+        counts[1, piece] = np.asarray(estimate(stages.estimate, *batch))[mask]
         part = smoothing.certify(counts[0, piece], counts[1, piece], noise, alpha)
         correct = part.prediction == data.y[piece]
         certified += int(np.sum(correct))
@@ -156,6 +189,7 @@ def _iterate(
     yield CertificationEvent(total, total, certified, report)
 
 
+@with_iter(_iterate)
 def certify(
     key: jax.Array,
     logits_fn: Any,
@@ -168,6 +202,7 @@ def certify(
     batch_size: int = 32,
     chunk: int | None = None,
     directory: Any = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> CertificationReport:
     """Certify every example by randomized smoothing (Cohen et al. 2019, CERTIFY).
@@ -189,13 +224,13 @@ def certify(
         chunk: as in :func:`jrobust.smoothing.count_votes`.
         directory: where to write ``examples.csv`` (rows as they finish), ``counts.npz``,
             ``configuration.json`` and ``report.json``.
+        mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
         progress: show a bar.
 
     Raises:
         TypeError, ValueError: before any compute, for settings and data that cannot be right.
     """
-    bar, seen = Bar(progress, len(data), "certify", "image"), 0
-    try:
+    with Bar(progress, "image") as bar:
         for event in _iterate(
             key,
             logits_fn,
@@ -207,13 +242,9 @@ def certify(
             batch_size=batch_size,
             chunk=chunk,
             directory=directory,
+            mesh=mesh,
         ):
-            bar.update(event.finished - seen, certified=event.certified / max(event.finished, 1))
-            seen = event.finished
-    finally:
-        bar.close()
+            share = event.certified / event.finished
+            bar.update("certify", event.finished, event.total, certified=share)
     assert event.report is not None
     return event.report
-
-
-certify.iter = _iterate  # type: ignore[attr-defined]

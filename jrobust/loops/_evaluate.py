@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jrobust import _run, drive
+from jrobust import _run, drive, parallel
 from jrobust import keys as _keys
 from jrobust._algorithm import describe
 from jrobust.attacks import Attack, AttackResult
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
-from jrobust.loops._lanes import Bar, Clock, Files, lane_count, rows
+from jrobust.loops._lanes import (
+    Bar,
+    Clock,
+    Files,
+    check_data,
+    check_shared,
+    lane_count,
+    rows,
+    with_iter,
+)
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -29,10 +40,11 @@ class EvaluationReport:
     """What an evaluation found.
 
     Attributes:
-        examples: per-example columns, each (N,): ``id``, ``y``, clean ``prediction``, ``correct``,
-            ``robust`` (correct and broken by no attack), ``broken_by`` (index into ``attacks``, -1
-            for none), ``adversarial_prediction``; ``step``, ``loss``, ``distance`` of the attack
-            that broke it, else of the last one; ``forwards``, ``backwards`` over all attacks.
+        examples: per-example columns, each (N,): ``id``, ``y``, clean ``prediction`` (-1 where a
+            logit is not finite), ``correct``, ``robust`` (correct and broken by no attack),
+            ``broken_by`` (index into ``attacks``, -1 for none), ``adversarial_prediction``;
+            ``step``, ``loss``, ``distance`` of the attack that broke it, else of the last one;
+            ``forwards``, ``backwards`` over all attacks.
         x: (N, ...) the adversarial input where one was found, else the clean one.
         attacks: names of the attacks in the order in which they ran.
         standing: (attacks + 1,) examples that stood before the first and after each attack.
@@ -72,7 +84,15 @@ class EvaluationReport:
 
 
 class EvaluationEvent(NamedTuple):
-    """Yielded after every batch; ``report`` is set on the last."""
+    """Yielded after every batch, and once more with the ``report``.
+
+    Attributes:
+        attack: name of the attack, or ``"clean"``; ``"done"`` on the last event.
+        finished: examples it has been tried on, of ``total``.
+        total: examples that stood before it.
+        standing: examples of the data set that stand, those not yet tried included.
+        report: what :func:`evaluate` returns, on the last event.
+    """
 
     attack: str
     finished: int
@@ -81,11 +101,13 @@ class EvaluationEvent(NamedTuple):
     report: EvaluationReport | None = None
 
 
-def _predict(logits_fn: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _predict(logits_fn: Any, x: jax.Array) -> jax.Array:
+    """Classes (B,), -1 where a logit is not finite, so that no label equals it."""
     logits = forward(logits_fn, x)
-    return jnp.argmax(logits, -1), jnp.all(jnp.isfinite(logits), -1)
+    return jnp.where(jnp.all(jnp.isfinite(logits), -1), jnp.argmax(logits, -1), -1)
 
 
+@functools.lru_cache
 def _attack(index: int) -> Callable[..., AttackResult]:
     def lanes(attack: Attack, key: Any, fn: Any, x: Any, y: Any, ids: Any) -> AttackResult:
         keys = _keys.attack(_keys.examples(key, ids), index)
@@ -97,12 +119,15 @@ def _attack(index: int) -> Callable[..., AttackResult]:
 def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[str, Attack]:
     if isinstance(attacks, Attack):
         return {type(attacks).__name__: attacks}
+    named: dict[str, Any] = {}
     if isinstance(attacks, Mapping):
         named = dict(attacks)
-    else:
+    elif isinstance(attacks, Sequence):
         named = {f"{i + 1} {type(attack).__name__}": attack for i, attack in enumerate(attacks)}
     if not named or not all(isinstance(attack, Attack) for attack in named.values()):
         raise TypeError(f"attacks must be an attack, a list or a dict of attacks, got {attacks!r}")
+    if not all(isinstance(name, str) for name in named) or "clean" in named:
+        raise ValueError(f"attacks need names other than 'clean', got {list(named)}")
     return named
 
 
@@ -114,11 +139,16 @@ def _iterate(
     *,
     batch_size: int = 256,
     directory: Any = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[EvaluationEvent]:
+    """See :func:`evaluate`."""
     named = _named(attacks)
-    lanes, total = lane_count(batch_size, len(data)), len(data)
+    mesh = parallel.mesh() if mesh is None else mesh
+    check_data(data)
+    lanes, total = lane_count(batch_size, len(data), mesh), len(data)
     clock, host = Clock(), drive.is_host(logits_fn)
     for attack in named.values():
+        check_shared(attack, data)
         _run.check(attack, key, logits_fn, data.x, data.y, data.id)
     files = Files(directory, _COLUMNS)
     configuration = {
@@ -133,20 +163,22 @@ def _iterate(
 
     model = logits_fn if host else _run.as_pytree(logits_fn)
 
-    def program(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        return fn if host else clock.compiled(fn, *args)
+    def program(
+        fn: Callable[..., Any], *args: Any, in_axes: tuple[int | None, ...]
+    ) -> Callable[..., Any]:
+        return fn if host else clock.compiled(fn, *args, mesh=mesh, in_axes=in_axes)
 
     def lane(index: np.ndarray, source: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         arrays = (source[index], data.y[index].astype(np.int32), data.id[index])
         return tuple(jnp.asarray(a) for a in arrays)  # type: ignore[return-value]
 
     index = np.arange(total)
-    predict = program(_predict, model, lane(np.resize(index, lanes), data.x)[0])
+    predict = program(_predict, model, lane(np.resize(index, lanes), data.x)[0], in_axes=(None, 0))
 
-    def verify(source: np.ndarray, index: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        for piece, mask in rows(index, lanes):
-            prediction, finite = predict(model, lane(piece, source)[0])
-            yield piece[mask], np.asarray(prediction)[mask], np.asarray(finite)[mask]
+    def verify(source: np.ndarray, index: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # A black box is not asked about rows that only fill a batch.
+        for piece, mask in rows(index, lanes, fill=not host):
+            yield piece[mask], np.asarray(predict(model, lane(piece, source)[0]))[mask]
 
     x = np.array(data.x)
     zero = np.zeros(total, np.int32)
@@ -156,17 +188,14 @@ def _iterate(
         "step": zero - 1, "loss": np.full(total, np.nan, np.float32),
         "distance": np.zeros(total, np.float32), "forwards": zero.copy(), "backwards": zero.copy(),
     }  # fmt: skip
-    finite = zero == 0
 
     def record(done: np.ndarray) -> None:
         files.examples({name: column[done] for name, column in table.items()})
 
     done = 0
-    for piece, prediction, is_finite in verify(data.x, index):
+    for piece, prediction in verify(data.x, index):
         table["prediction"][piece] = table["adversarial_prediction"][piece] = prediction
-        finite[piece] = is_finite
-        table["correct"][piece] = (prediction == data.y[piece]) & is_finite
-        table["robust"][piece] = table["correct"][piece]
+        table["correct"][piece] = table["robust"][piece] = prediction == data.y[piece]
         record(piece[~table["correct"][piece]])
         done += len(piece)
         yield EvaluationEvent("clean", done, total, int(table["robust"].sum()))
@@ -177,13 +206,13 @@ def _iterate(
     for number, (name, attack) in enumerate(named.items()):
         attack = _run.strong(attack)
         index = np.flatnonzero(table["robust"])
-        if len(index) == 0:
-            standing.append(0)
-            continue
-        example = lane(np.resize(index, lanes), data.x)
-        search = program(_attack(number), attack, key, model, *example)
+        if len(index) > 0:
+            example = lane(np.resize(index, lanes), data.x)
+            search = program(
+                _attack(number), attack, key, model, *example, in_axes=(None, None, None, 0, 0, 0)
+            )
         done = 0
-        for piece, mask in rows(index, lanes):
+        for piece, mask in rows(index, lanes, fill=not host):
             found = jax.tree.map(
                 lambda leaf, mask=mask: np.asarray(leaf)[mask],
                 search(attack, key, model, *lane(piece, data.x)),
@@ -196,12 +225,11 @@ def _iterate(
             # The verdict is a forward pass of exactly the input that is kept.
             claimed = piece[found.success]
             x[claimed] = found.x[found.success]
-            for part, prediction, is_finite in verify(x, claimed):
-                broken = (prediction != data.y[part]) | ~is_finite
+            for part, prediction in verify(x, claimed):
+                broken = prediction != data.y[part]
                 near_ties += int(np.sum(~broken))
                 x[part[~broken]] = data.x[part[~broken]]
                 table["step"][part[~broken]] = -1
-                finite[part] &= is_finite
                 part, prediction = part[broken], prediction[broken]
                 table["robust"][part] = False
                 table["broken_by"][part] = number
@@ -218,7 +246,7 @@ def _iterate(
         x=x,
         attacks=tuple(named),
         standing=np.array(standing),
-        non_finite=int(np.sum(~finite)),
+        non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
         near_ties=near_ties,
         configuration=configuration,
         seconds=clock.total(),
@@ -238,6 +266,7 @@ def _iterate(
     yield EvaluationEvent("done", total, total, standing[-1], report)
 
 
+@with_iter(_iterate)
 def evaluate(
     key: jax.Array,
     logits_fn: Any,
@@ -246,45 +275,37 @@ def evaluate(
     *,
     batch_size: int = 256,
     directory: Any = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> EvaluationReport:
     """Clean accuracy, then attacks in order, each on the examples that still stand.
 
-    Every batch is padded to one lane shape and compiled once for each attack. An example counts as
-    broken after a separate float32 forward pass of the very input that the attack returned.
-    ``evaluate.iter`` takes the same arguments but ``progress`` and yields an
-    :class:`EvaluationEvent` after every batch.
+    Every batch is padded to one lane shape and compiled once for each attack; a ``drive.Host`` is
+    asked about the examples alone. An example counts as broken after a separate float32 forward
+    pass of the very input that the attack returned. ``evaluate.iter`` takes the same arguments but
+    ``progress`` and yields an :class:`EvaluationEvent` after every batch.
 
     Args:
         key: one typed key; an example's random numbers depend on it and on the example's id alone.
         logits_fn: (B, ...) -> (B, C); a bound model, a plain function or a ``drive.Host``.
         data: the examples.
         attacks: one attack, a list, or a dict from names to attacks.
-        batch_size: lanes; results are bit-equal for equal lanes, whatever the order of examples.
+        batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
+            whatever the order of examples and the number of devices.
         directory: where to write ``metrics.jsonl``, ``examples.csv`` (rows as examples finish),
             ``adversarial.npz``, ``configuration.json`` and ``report.json``; nowhere when None.
+        mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
         progress: show a bar.
 
     Raises:
         TypeError, ValueError: before any compute, as :func:`jrobust.run` does.
     """
-    bar, stage = None, None
-    for event in _iterate(
-        key, logits_fn, data, attacks, batch_size=batch_size, directory=directory
-    ):
-        if event.report is not None:
-            break
-        if event.attack != stage:
-            if bar is not None:
-                bar.close()
-            bar, stage, seen = Bar(progress, event.total, event.attack, "image"), event.attack, 0
-        assert bar is not None
-        bar.update(event.finished - seen, accuracy=event.standing / len(data))
-        seen = event.finished
-    if bar is not None:
-        bar.close()
+    with Bar(progress, "image") as bar:
+        for event in _iterate(
+            key, logits_fn, data, attacks, batch_size=batch_size, directory=directory, mesh=mesh
+        ):
+            if event.report is None:
+                share = event.standing / len(data)
+                bar.update(event.attack, event.finished, event.total, accuracy=share)
     assert event.report is not None
     return event.report
-
-
-evaluate.iter = _iterate  # type: ignore[attr-defined]

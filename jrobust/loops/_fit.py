@@ -10,14 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from jrobust import _run
+from jrobust import _run, parallel
 from jrobust import keys as _keys
 from jrobust._algorithm import algorithm, describe
 from jrobust.attacks import Attack
-from jrobust.attacks._base import forward
+from jrobust.attacks._base import forward, succeeds
 from jrobust.data import Dataset
-from jrobust.loops._lanes import Bar, Clock, Files, lane_count, rows
+from jrobust.loops._lanes import (
+    Bar,
+    Clock,
+    Files,
+    check_count,
+    check_data,
+    check_shared,
+    lane_count,
+    rows,
+    with_iter,
+)
 from jrobust.models import Bound, Network
 from jrobust.training import Batch, Objective, State, step
 
@@ -27,24 +38,34 @@ Array = jax.Array
 Validate = Callable[[Array, Any, Array, Array, Array], Array]
 
 
+def _correct(logits_fn: Any, x: Array, y: Array) -> Array:
+    """(B,) bool; a logit that is not finite is never correct."""
+    return ~succeeds(forward(logits_fn, x), y, jnp.full_like(y, -1))
+
+
 @algorithm
 class CleanAccuracy:
     """Validation metric: whether each clean input is classified correctly."""
 
     def __call__(self, key: Array, logits_fn: Any, x: Array, y: Array, ids: Array) -> Array:
         """(B,) bool."""
-        return jnp.argmax(forward(logits_fn, x), -1) == y
+        return _correct(logits_fn, x, y)
 
 
 @algorithm
 class RobustAccuracy:
-    """Validation metric: whether each input withstands ``attack``."""
+    """Validation metric: whether each input is classified correctly and withstands ``attack``."""
 
     attack: Attack
 
+    def check(self, x: Array, y: Array, classes: int) -> None:
+        """Raise where the attack's settings make no sense for ``x``."""
+        self.attack.check(x, y, classes)
+
     def __call__(self, key: Array, logits_fn: Any, x: Array, y: Array, ids: Array) -> Array:
         """(B,) bool."""
-        return ~self.attack(key, logits_fn, x, y, ids=ids).success
+        found = self.attack(key, logits_fn, x, y, ids=ids)
+        return _correct(logits_fn, x, y) & ~found.success
 
 
 @algorithm
@@ -60,8 +81,7 @@ class NoisyAccuracy:
     def __call__(self, key: Array, logits_fn: Any, x: Array, y: Array, ids: Array) -> Array:
         """(B,) bool."""
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))
-        noisy = x + self.sigma * draw(_keys.examples(key, ids))
-        return jnp.argmax(forward(logits_fn, noisy), -1) == y
+        return _correct(logits_fn, x + self.sigma * draw(_keys.examples(key, ids)), y)
 
 
 class FitEvent(NamedTuple):
@@ -119,33 +139,48 @@ def _order(key: Array, epoch: int, total: int) -> np.ndarray:
 
 
 def _check(
-    network: Network, objective: Objective, train: Dataset, epochs: int, validation: Dataset | None
+    key: Array,
+    network: Network,
+    objective: Objective,
+    train: Dataset,
+    epochs: int,
+    validation: Dataset | None,
+    validate: Validate | None,
 ) -> None:
+    _keys.check(key)
     if not isinstance(network, Network):
         raise TypeError(
             f"network must be a jrobust.models.Network, got {type(network).__name__}: "
             "make one with jrobust.models.network(module)"
         )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be a positive int, got {epochs!r}")
-    for name, data in (("train", train), ("validation", validation)):
-        if data is None:
-            continue
-        if not isinstance(data, Dataset):
-            raise TypeError(f"{name} must be a jrobust.data.Dataset, got {type(data).__name__}")
-        if data.x.dtype != np.float32:
-            raise TypeError(f"{name}.x must be float32, got {data.x.dtype}")
-        if not np.all(np.isfinite(data.x)):
-            raise ValueError(f"{name}.x holds values that are not finite")
+    check_count("epochs", epochs)
+    check_data(train, "train")
+    sets: list[tuple[Dataset, Any]] = [(train, objective)]
+    if validation is None and validate is not None:
+        raise ValueError("validate= is a metric of validation examples: pass validation= too")
     if validation is not None:
+        check_data(validation, "validation")
+        if validate is not None and (isinstance(validate, type) or not callable(validate)):
+            raise TypeError(f"validate must be a metric such as CleanAccuracy(), got {validate!r}")
+        if validation.x.shape[1:] != train.x.shape[1:]:
+            raise ValueError(
+                f"validation examples have shape {validation.x.shape[1:]}, training examples "
+                f"{train.x.shape[1:]}"
+            )
+        sets.append((validation, validate))
         shared = np.intersect1d(train.id, validation.id)
         if len(shared):
             raise ValueError(
                 f"{len(shared)} example ids are in both train and validation (first {shared[0]}): "
                 "give the sets distinct ids"
             )
-    if hasattr(objective, "check"):
-        objective.check()
+    abstract = jax.eval_shape(network.init, key, jnp.asarray(train.x[:1]))
+    classes = _run.count_classes(network.bind(*abstract), jnp.asarray(train.x[:1]))
+    for data, use in sets:
+        _run.check_labels("y", data.y, classes)
+        check_shared(use, data)
+        if hasattr(use, "check"):
+            use.check(data.x, data.y, classes)
 
 
 def _iterate(
@@ -160,12 +195,14 @@ def _iterate(
     validation: Dataset | None = None,
     validate: Validate | None = None,
     directory: Any = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[FitEvent]:
-    _check(network, objective, train, epochs, validation)
-    _keys.check(key)
+    """See :func:`fit`."""
     init, update = step(objective, tx)
+    _check(key, network, objective, train, epochs, validation, validate)
     validate = CleanAccuracy() if validate is None else validate
-    lanes = lane_count(batch_size, len(train))
+    mesh = parallel.mesh() if mesh is None else mesh
+    lanes = lane_count(batch_size, len(train), mesh)
     clock, files = Clock(), Files(directory)
     with clock.measure("compile"):
         state = jax.jit(init)(key, network, jnp.asarray(train.x[:1]))
@@ -179,19 +216,36 @@ def _iterate(
         arrays = (data.x[index], data.y[index].astype(np.int32), data.id[index])
         return tuple(jnp.asarray(a) for a in arrays)  # type: ignore[return-value]
 
-    classes = _run.count_classes(network.bind(state.params, state.extra), jnp.asarray(train.x[:1]))
-    for data in (train, validation):
-        if data is not None:
-            _run.check_labels("y", data.y, classes)
     first = np.resize(np.arange(len(train)), lanes)
-    train_step = clock.compiled(update, state, batch(first, first >= 0), donate_argnums=0)
+    train_step = clock.compiled(
+        update,
+        state,
+        batch(first, first >= 0),
+        mesh=mesh,
+        backend="jit",
+        in_axes=(None, 0),
+        out_axes=None,
+        donate_argnums=0,
+    )
     score = None
     if validation is not None:
-        width = lane_count(batch_size, len(validation))
+        width = lane_count(batch_size, len(validation), mesh)
         example = lane(validation, np.resize(np.arange(len(validation)), width))
         held = jax.random.fold_in(key, 2)
         model = network.bind(state.params, state.extra)
-        score = clock.compiled(lambda *args: _run.strong(validate)(*args), held, model, *example)
+        out = jax.eval_shape(validate, held, model, *example)
+        if getattr(out, "shape", None) != (width,):
+            raise ValueError(
+                f"validate must return one value for each of {width} examples, got {out}"
+            )
+        score = clock.compiled(
+            lambda *args: validate(*args),
+            held,
+            model,
+            *example,
+            mesh=mesh,
+            in_axes=(None, None, 0, 0, 0),
+        )
 
     configuration = {
         "objective": describe(objective),
@@ -205,7 +259,7 @@ def _iterate(
     }
     files.json("configuration.json", configuration)
     history: list[dict[str, float]] = []
-    best, best_epoch, best_score = (state.params, state.extra), 0, -np.inf
+    best, best_epoch, best_score = (None, None), 0, -np.inf
     for epoch in range(1, epochs + 1):
         totals: dict[str, float] = {}
         for index, mask in rows(_order(key, epoch, len(train)), lanes):
@@ -213,11 +267,6 @@ def _iterate(
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * int(mask.sum())
         means = {name: value / len(train) for name, value in totals.items()}
-        if not all(np.isfinite(value) for value in means.values()):
-            raise FloatingPointError(
-                f"training left the finite numbers in epoch {epoch}: {means}; lower the learning "
-                "rate or clip gradients (optax.clip_by_global_norm)"
-            )
         if score is not None and validation is not None:
             model = network.bind(state.params, state.extra)
             held = jax.random.fold_in(key, 2)
@@ -226,6 +275,11 @@ def _iterate(
                 for index, mask in rows(np.arange(len(validation)), width)
             ]
             means["validation"] = float(np.mean(np.concatenate(hits)))
+        if not all(np.isfinite(value) for value in means.values()):
+            raise FloatingPointError(
+                f"training left the finite numbers in epoch {epoch}: {means}; lower the learning "
+                "rate or clip gradients (optax.clip_by_global_norm)"
+            )
         if score is None or means["validation"] > best_score:
             best_score, best_epoch = means.get("validation", -np.inf), epoch
             # The next step donates the state's buffers.
@@ -238,6 +292,7 @@ def _iterate(
         yield FitEvent(epoch, means, state, report)
 
 
+@with_iter(_iterate)
 def fit(
     key: Array,
     network: Network,
@@ -250,6 +305,7 @@ def fit(
     validation: Dataset | None = None,
     validate: Validate | None = None,
     directory: Any = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> FitReport:
     """Train a network on an objective.
@@ -273,14 +329,15 @@ def fit(
             None, :class:`RobustAccuracy`, :class:`NoisyAccuracy`, or any function
             ``(key, logits_fn, x, y, ids) -> (B,)``.
         directory: where to write ``metrics.jsonl`` and ``configuration.json``.
+        mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
+            Batch-norm sees the whole batch, however many devices share it.
         progress: show a bar.
 
     Raises:
         TypeError, ValueError: before any compute, for settings and data that cannot be right.
         FloatingPointError: when an epoch's metrics are not finite.
     """
-    bar = Bar(progress, epochs, type(objective).__name__, "epoch")
-    try:
+    with Bar(progress, "epoch") as bar:
         for event in _iterate(
             key,
             network,
@@ -292,12 +349,8 @@ def fit(
             validation=validation,
             validate=validate,
             directory=directory,
+            mesh=mesh,
         ):
-            bar.update(1, **event.metrics)
-    finally:
-        bar.close()
+            bar.update(type(objective).__name__, event.epoch, epochs, **event.metrics)
     assert event.report is not None
     return event.report
-
-
-fit.iter = _iterate  # type: ignore[attr-defined]

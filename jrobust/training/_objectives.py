@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
-from jrobust.attacks import PGD, Attack
+from jrobust.attacks import Attack, GradientAttack
 from jrobust.models import Network
 from jrobust.training._step import Batch, Metrics
 
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 def _mean(values: Array, mask: Array) -> Array:
-    """The mean over the rows that count; what filler rows hold, even NaN, does not matter."""
+    """The mean over the rows that count."""
     total = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
     return total / jnp.maximum(jnp.sum(mask), 1)
 
@@ -38,20 +39,33 @@ def _keys_of(key: Array) -> tuple[Array, Array]:
     return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
 
-def adversarial_examples(
-    key: Array, attack: Attack, network: Network, params: Any, extra: Any, batch: Batch
-) -> Array:
-    """Attack the model in evaluation mode; no gradient flows through the points (B, ...) found.
-
-    Raises:
-        ValueError: if the attack stops at the first success, which would train on weaker points
-            than the attack's name promises.
-    """
+def _check_attack(attack: Attack) -> None:
+    if not isinstance(attack, Attack):
+        raise TypeError(f"expected an attack such as PGD(Linf(8/255)), got {attack!r}")
     if attack.stops_at_success:
         raise ValueError(
             f"{type(attack).__name__} stops at the first success, so training would see points "
             "weaker than the attack's radius and steps say: set keep='last' or keep='loss'"
         )
+
+
+def adversarial_examples(
+    key: Array, attack: Attack, network: Network, params: Any, extra: Any, batch: Batch
+) -> Array:
+    """Attack the model in evaluation mode; no gradient flows through the points (B, ...) found.
+
+    Args:
+        key: one typed key; an example's noise depends on it and on the example's id.
+        attack: runs all its steps.
+        network, params, extra: the model.
+        batch: soft labels are attacked as their most probable class.
+
+    Raises:
+        TypeError: if ``attack`` is not an attack.
+        ValueError: if the attack stops at the first success, which would train on weaker points
+            than the attack's name promises.
+    """
+    _check_attack(attack)
     model = network.bind(jax.lax.stop_gradient(params), jax.lax.stop_gradient(extra))
     found = attack(key, model, batch.x, _hard(batch.y), ids=batch.id)
     return jax.lax.stop_gradient(found.x)
@@ -93,6 +107,11 @@ class Adversarial:
     attack: Attack
     loss: losses.Loss = static(losses.cross_entropy)
 
+    def check(self, x: Array, y: Array, classes: int) -> None:
+        """Raise where the attack's settings make no sense for ``x``; see :class:`Objective`."""
+        _check_attack(self.attack)
+        self.attack.check(x, y, classes)
+
     def __call__(
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, Metrics]]:
@@ -110,25 +129,51 @@ class TRADES:
 
     ``CE(f(x), y) + beta KL(softmax f(x) || softmax f(x'))``, where ``x'`` maximises the same KL
     in evaluation mode, the clean prediction held fixed. Gradients flow through both predictions.
-    Batch-norm statistics are updated by the clean pass, then by the adversarial one.
+    Batch-norm statistics are updated by the clean pass, then by the adversarial one; both drop the
+    same units, so that the KL measures the perturbation alone.
 
     Args:
-        attack: PGD that runs all its steps; its loss is replaced by the KL. Published for CIFAR-10:
+        attack: a gradient attack that runs all its steps from a random start (the KL has no
+            gradient at the clean input); its loss is replaced by the KL. Published for CIFAR-10:
             ``PGD(Linf(0.031), steps=10, step_size=0.007, gaussian_start=1e-3, keep="last")``.
-        beta: weight of the KL, ``1 / lambda`` of the paper; 6 as published.
+        beta: weight of the KL, ``1 / lambda`` of the paper, >= 0; 6 as published.
     """
 
-    attack: PGD
+    attack: GradientAttack
     beta: Any = 6.0
+
+    def _check_attack(self) -> None:
+        _check_attack(self.attack)
+        if not isinstance(self.attack, GradientAttack):
+            raise TypeError(
+                "TRADES replaces the loss of its attack, so it takes a single gradient attack such "
+                f"as PGD, got {type(self.attack).__name__}"
+            )
+        if not getattr(self.attack, "random_start", True):
+            raise ValueError(
+                "the KL of TRADES has no gradient at the clean input, so an attack that starts "
+                "there stays there: set random_start=True"
+            )
+
+    def check(self, x: Array, y: Array, classes: int) -> None:
+        """Raise where a setting makes no sense for ``x``; see :class:`Objective`."""
+        self._check_attack()
+        self.attack.check(x, y, classes)
+        if not 0 <= float(self.beta) < math.inf:
+            raise ValueError(f"TRADES.beta must be finite and not negative, got {self.beta}")
 
     def __call__(
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """See :class:`Objective`. Metrics: ``accuracy``, ``robust_accuracy`` and ``kl``."""
+        self._check_attack()
         dropout, noise = _keys_of(key)
         held = jax.lax.stop_gradient((params, extra))
         clean = network.logits(*held, batch.x)
-        attack = dataclasses.replace(self.attack, loss=lambda logits, y: losses.kl(logits, clean))
+        attack: GradientAttack = dataclasses.replace(
+            self.attack,  # type: ignore[type-var]
+            loss=lambda logits, y: losses.kl(logits, clean),
+        )
         x = adversarial_examples(noise, attack, network, params, extra, batch)
         logits, extra = network.train_logits(params, extra, dropout, batch.x)
         moved, extra = network.train_logits(params, extra, dropout, x)
@@ -156,10 +201,12 @@ class GaussianAugmentation:
     sigma: Any
     loss: losses.Loss = static(losses.cross_entropy)
 
-    def check(self) -> None:
+    def check(self, x: Array, y: Array, classes: int) -> None:
         """Raise ``ValueError`` unless ``sigma`` is a positive number."""
-        if not float(self.sigma) > 0:
-            raise ValueError(f"GaussianAugmentation.sigma must be positive, got {self.sigma}")
+        if jnp.ndim(self.sigma) != 0 or not 0 < float(self.sigma) < math.inf:
+            raise ValueError(
+                f"GaussianAugmentation.sigma must be a positive number, got {self.sigma}"
+            )
 
     def __call__(
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch

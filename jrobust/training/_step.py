@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jrobust import keys as _keys
+from jrobust import parallel
 from jrobust._algorithm import algorithm, static
 from jrobust.models import Network
 
@@ -25,7 +26,9 @@ class Batch(NamedTuple):
         x: (B, ...) float32 inputs.
         y: (B,) integer labels, or (B, C) class probabilities (soft labels).
         id: (B,) integer example ids: an example's noise depends on its id, not on its position.
-        mask: (B,) bool, False for rows that only fill the batch and must not count.
+        mask: (B,) bool, False for rows that only fill the batch and must not count. They go
+            through the model like the others, so fill with examples: inputs that are not finite
+            would reach the gradient, and batch-norm layers see them.
     """
 
     x: Array
@@ -45,8 +48,30 @@ def batch(x: Any, y: Any, id: Any = None, mask: Any = None) -> Batch:
     )
 
 
+def _check(batch: Batch) -> None:
+    rows = batch.x.shape[:1]
+    hard = jnp.issubdtype(batch.y.dtype, jnp.integer) and batch.y.shape == rows
+    soft = jnp.issubdtype(batch.y.dtype, jnp.floating) and batch.y.ndim == 2
+    if not hard and not (soft and batch.y.shape[:1] == rows):
+        raise ValueError(
+            f"batch.y must be integer labels of shape {rows} or float probabilities of shape "
+            f"({rows[0]}, classes), got {batch.y.dtype} of shape {batch.y.shape}"
+        )
+    for name, kind in (("id", jnp.integer), ("mask", jnp.bool_)):
+        value = getattr(batch, name)
+        if value.shape != rows or not jnp.issubdtype(value.dtype, kind):
+            raise ValueError(
+                f"batch.{name} must be {kind.__name__} of shape {rows}, got {value.dtype} of shape "
+                f"{value.shape}"
+            )
+
+
 class Objective(Protocol):
-    """What a model is trained to minimise. An ``@algorithm`` dataclass with this call."""
+    """What a model is trained to minimise. An ``@algorithm`` dataclass with this call.
+
+    It may have ``check(x, y, classes)`` too, which reads values and raises where a setting or an
+    input makes no sense: ``jrobust.loops.fit`` calls it before any compute.
+    """
 
     def __call__(
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
@@ -120,14 +145,16 @@ def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, 
         )
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+        _check(batch)
         key = jax.random.fold_in(state.key, state.step)
 
         def loss(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             return objective(key, state.network, params, state.extra, batch)
 
-        (value, (extra, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        value_and_grad = parallel.value_and_grad(loss)
+        (value, (extra, metrics)), grads = value_and_grad(state.params, weight=jnp.sum(batch.mask))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(grads)}
         new = dataclasses.replace(
             state,
             step=state.step + 1,

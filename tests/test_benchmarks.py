@@ -1,0 +1,260 @@
+"""The benchmark machinery at toy size, without the peer's library."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import _common  # noqa: E402
+import pgd  # noqa: E402
+
+TOY = pgd.Settings(depth=8, widths=(4, 8, 8), side=8, batch=4, steps=3, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return pgd.make_case(TOY)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(_common.Watch, "others", lambda self: 0.0)
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    monkeypatch.setattr(_common.Watch, "others", lambda self: 0.3)
+
+
+# --- counting
+
+
+def test_flops_of_the_network_are_those_counted_by_hand(case):
+    def conv(side, inputs, outputs):
+        return 2 * side * side * 9 * inputs * outputs
+
+    by_hand = (
+        conv(8, 3, 4)
+        + 2 * conv(8, 4, 4)
+        + conv(4, 4, 8)
+        + conv(4, 8, 8)
+        + conv(2, 8, 8)
+        + conv(2, 8, 8)
+        + 2 * 8 * 10
+    )
+    assert _common.forward_flops(case.model, case.x) == 4 * by_hand
+    assert case.flops() == (3 + 3 + 1) * by_hand
+
+
+def test_flops_of_grouped_convolutions_and_batched_products():
+    def conv(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+        )
+
+    # 3 outputs along the width, each of 6 channels sums 3 taps of 2 channels.
+    assert _common.forward_flops(conv, jnp.ones((5, 7, 4)), jnp.ones((3, 2, 6))) == (
+        5 * 3 * 6 * 3 * 2 * 2
+    )
+    product = _common.forward_flops(
+        lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    )
+    assert product == 2 * 2 * 3 * 4 * 5
+
+
+def test_flops_of_a_loop_are_refused():
+    with pytest.raises(NotImplementedError, match="while"):
+        _common.forward_flops(lambda x: jax.lax.while_loop(lambda x: x < 3, jnp.sin, x), 1.0)
+
+
+# --- the programs
+
+
+def test_all_programs_do_the_same_attack(case):
+    checks = pgd.same_programs(case)
+    assert len(checks) == 2
+    _common.require(checks)
+    ours = case.programs[pgd.JROBUST]()
+    moved = np.abs(np.asarray(ours.x - case.x))
+    assert 0.9 * TOY.eps < moved.max() < 1.01 * TOY.eps
+    assert np.array_equal(ours.forwards, np.full(4, TOY.steps + 1))
+    assert np.array_equal(ours.backwards, np.full(4, TOY.steps))
+    unrolled = case.programs[pgd.UNROLLED]()
+    assert np.array_equal(ours.success, unrolled.success)
+    np.testing.assert_allclose(ours.x, unrolled.x, atol=1e-6)
+
+
+def test_the_start_is_that_of_the_attack(case):
+    start = np.asarray(case.start())
+    moved = np.abs(start - np.asarray(case.x))
+    assert 0.8 * TOY.eps < moved.max() < 1.01 * TOY.eps
+    still = dataclasses.replace(case.attack, step_size=1e-12)
+    result = pgd.jrobust.run(still, case.key, case.model, case.x, case.y)
+    np.testing.assert_allclose(start, result.x, atol=1e-6)
+
+
+def test_a_case_survives_the_disk(case, tmp_path):
+    case.save(tmp_path)
+    again = pgd.Case.load(tmp_path)
+    assert again.settings == case.settings
+    assert jax.tree.structure(again.variables) == jax.tree.structure(case.variables)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.variables, case.variables))
+    assert np.array_equal(again.x, case.x)
+
+
+def test_labels_are_predictions_and_not_all_equal(case):
+    assert np.array_equal(jnp.argmax(case.model(case.x), -1), case.y)
+    assert len(set(np.asarray(case.y).tolist())) > 1
+
+
+# --- the quiet machine
+
+
+def test_a_busy_machine_is_refused(busy):
+    with pytest.raises(_common.LoadedError, match=r"30%.*--force"):
+        _common.check_quiet(seconds=0)
+    assert _common.check_quiet(force=True, seconds=0).loaded
+
+
+def test_a_quiet_machine_is_not(quiet):
+    load = _common.check_quiet(seconds=0)
+    assert not load.loaded
+    times = _common.take_turns({"a": lambda: 1.0, "b": lambda: 2.0}, 3, load)
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert load.rounds == [0.0] * 3
+    assert load.repeated == 0
+
+
+def test_our_own_work_is_not_the_load_of_others(monkeypatch):
+    # 10 s on 2 cores: 12 CPU seconds were used, of them 10 by us.
+    now = iter([(0.0, 100.0, 50.0), (10.0, 112.0, 60.0)])
+    monkeypatch.setattr(_common.Watch, "_now", lambda self: next(now))
+    watch = _common.Watch()
+    watch.cores = 2
+    assert watch.others() == pytest.approx(0.1)
+
+
+def test_disturbed_rounds_are_repeated_in_rotated_order(monkeypatch):
+    shares = iter([0.0, 0.5, 0.0])
+    monkeypatch.setattr(_common.Watch, "others", lambda self: next(shares))
+    order, load = [], _common.Load()
+    turns = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    times = _common.take_turns(turns, 2, load)
+    assert "".join(order) == "abbaab"
+    assert times == {"a": [1, 5], "b": [2, 6]}
+    assert (load.repeated, load.rounds, load.loaded) == (1, [0.0, 0.0], False)
+
+
+def test_steady_disturbance_ends_in_refusal_or_a_mark(busy):
+    with pytest.raises(_common.LoadedError, match="disturbed"):
+        _common.take_turns({"a": lambda: 1.0}, 2, _common.Load())
+    load = _common.Load()
+    assert _common.take_turns({"a": lambda: 1.0}, 2, load, force=True) == {"a": [1.0, 1.0]}
+    assert load.loaded
+
+
+# --- the report
+
+
+def _report(load):
+    flops, peak = 1e6, 1e9
+    return _common.report(
+        "toy",
+        load,
+        peak,
+        settings={},
+        machine=_common.machine({"versions": {"torch": "0"}, "device": "toy"}),
+        checks=[_common.check("equal", 0.0, 0.0)],
+        rows=[_common.row("a", [0.01, 0.02, 0.04], batch=4, flops=flops, peak=peak)],
+        ratios=[_common.ratio("b to a", [1.0, 4.0, 9.0], [1.0, 2.0, 3.0])],
+    )
+
+
+def test_the_report_has_the_schema_and_the_right_numbers(tmp_path):
+    made = _report(_common.Load(rounds=[0.0]))
+    (row,), (ratio,) = made["rows"], made["ratios"]
+    assert row["examples_per_s"] == pytest.approx(50)
+    assert row["gflops_per_s"] == pytest.approx(0.05)
+    assert row["fraction_of_limit"] == pytest.approx(0.05)
+    assert (ratio["median"], ratio["low"], ratio["high"]) == (2.0, 1.0, 3.0)
+    out = tmp_path / "deep" / "toy.json"
+    _common.write(made, out)
+    _common.check_schema(json.loads(out.read_text()))
+    assert "b to a" in _common.table(made)
+    assert "LOADED" not in _common.table(made)
+    assert "LOADED" in _common.table(_report(_common.Load(rounds=[0.5])))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda r: r.pop("limit"), "must have the fields"),
+        (lambda r: r.update(schema="other/1"), "report.schema"),
+        (lambda r: r["rows"][0].update(batch=4.0), r"report.rows\[0\].batch"),
+        (lambda r: r["load"].update(loaded=0), "report.load.loaded"),
+        (lambda r: r["ratios"][0].update(rounds=True), r"report.ratios\[0\].rounds"),
+        (lambda r: r.update(checks={}), "report.checks must be a list"),
+    ],
+)
+def test_a_spoiled_report_is_refused(spoil, complaint):
+    made = _report(_common.Load())
+    spoil(made)
+    with pytest.raises(ValueError, match=complaint):
+        _common.check_schema(made)
+
+
+def test_sides_that_disagree_are_refused():
+    _common.require([_common.check("fine", 0.1, 0.1)])
+    for value in (0.2, float("nan")):
+        with pytest.raises(_common.DisagreementError, match="logits"):
+            _common.require([_common.check("logits", value, 0.1)])
+
+
+# --- the peer
+
+
+def test_a_peer_answers_reports_its_errors_and_its_death(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, sys
+            for line in sys.stdin:
+                request = json.loads(line)
+                if request["do"] == "die":
+                    sys.exit(0)
+                answer = {"error": "no"} if request["do"] == "fail" else {
+                    "twice": 2 * request["value"], "policy": os.environ["OMP_WAIT_POLICY"]}
+                print(json.dumps(answer), flush=True)
+            """
+        )
+    )
+    with _common.Peer(pathlib.Path(sys.executable), script) as peer:
+        assert peer.ask("double", value=3) == {"twice": 6, "policy": "PASSIVE"}
+        with pytest.raises(RuntimeError, match="failed to fail: no"):
+            peer.ask("fail")
+        with pytest.raises(RuntimeError, match="died"):
+            peer.ask("die")
+    with pytest.raises(FileNotFoundError, match="--peer-python"):
+        _common.Peer(tmp_path / "nothing", script)
+
+
+def test_the_peer_is_timed_at_its_best_batch_size():
+    class Fake:
+        pid = 0
+
+        def ask(self, do, batch, repeats):
+            return {"seconds": {1: 4.0, 2: 3.0, 4: 2.0, 8: 1.0, 16: 5.0}[batch]}
+
+    turn, best = pgd.peer_turn(Fake(), TOY)
+    assert best == 8
+    assert turn() == 1.0

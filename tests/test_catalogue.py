@@ -1,0 +1,201 @@
+"""What holds for every algorithm, driven by the table in catalogue.py."""
+
+import functools
+import re
+
+import catalogue
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrobust
+from jrobust import attacks, keys
+from jrobust.attacks import with_eps
+from jrobust.threat import Linf
+
+BATCH = 16
+RADII = {"Linf": 0.3, "L2": 0.6}
+RNG = np.random.default_rng(0)
+INNER = np.float32(RNG.normal(size=(6, 8)))
+OUTER = np.float32(RNG.normal(size=(8, 4)))
+
+
+@jax.tree_util.register_pytree_node_class
+class Net:
+    """A small net that counts its traces."""
+
+    traces = 0
+
+    def __init__(self, inner=INNER, outer=OUTER):
+        self.inner, self.outer = inner, outer
+
+    def __call__(self, x):
+        type(self).traces += 1
+        return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ self.inner) @ self.outer
+
+    def tree_flatten(self):
+        return (self.inner, self.outer), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+NET = Net()
+X = np.float32(RNG.uniform(0.1, 0.9, (BATCH, 2, 3)))
+Y = np.asarray(NET(X)).argmax(1)
+Y[0] = (Y[0] + 1) % 4
+IDS = np.arange(BATCH) + 10
+
+PAIRS = [
+    pytest.param(
+        entry,
+        kind,
+        id=f"{entry.name}-{kind.norm}",
+        marks=() if entry.own or kind is entry.threats[0] else pytest.mark.full,
+    )
+    for entry in catalogue.ATTACKS
+    for kind in entry.threats
+]
+OWN = [
+    pytest.param(entry, id=entry.name, marks=() if entry.own else pytest.mark.full)
+    for entry in catalogue.ATTACKS
+]
+
+
+def assert_same(a, b):
+    for name, left, right in zip(a._fields, a, b):
+        np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+@pytest.mark.parametrize(("entry", "kind"), PAIRS)
+def test_contract(entry, kind, key):
+    eps = np.float32(RADII[kind.norm])
+    attack = entry.make(kind(eps))
+    result = jrobust.run(attack, key, NET, X, Y, ids=IDS)
+
+    # Feasible, in float64.
+    x, move = np.float64(result.x), np.float64(result.x).reshape(BATCH, -1) - X.reshape(BATCH, -1)
+    norm = np.abs(move).max(1) if kind is Linf else np.linalg.norm(move, axis=1)
+    assert np.all(norm <= eps + (0 if kind is Linf else 1e-6))
+    assert np.all((x >= 0) & (x <= 1))
+    np.testing.assert_allclose(result.distance, norm, rtol=1e-5, atol=1e-7)
+
+    # Measured, and a real attack.
+    with jax.default_matmul_precision("highest"):
+        fresh = np.asarray(NET(result.x)).argmax(1)
+    np.testing.assert_array_equal(result.success, fresh != Y)
+    clean = np.mean(np.asarray(NET(X)).argmax(1) == Y)
+    assert clean == 1 - 1 / BATCH
+    assert np.mean(~np.asarray(result.success)) <= clean - entry.gain
+    np.testing.assert_array_equal(np.asarray(result.step) >= 0, result.success)
+    assert np.all(np.asarray(result.forwards) >= 1)
+
+    # One dtype for each field.
+    for name, leaf in result._asdict().items():
+        want = {"success": jnp.bool_, "step": jnp.int32}.get(
+            name, jnp.int32 if name.endswith("wards") else jnp.float32
+        )
+        assert leaf.dtype == want, name
+        assert leaf.shape[0] == BATCH, name
+
+    # Order does not matter, the second call repeats, and neither traces again.
+    traces = Net.traces
+    order = np.random.default_rng(1).permutation(BATCH)
+    shuffled = jrobust.run(attack, key, NET, X[order], Y[order], ids=IDS[order])
+    assert_same(shuffled, jax.tree.map(lambda a: a[order], result))
+    assert_same(jrobust.run(entry.make(kind(eps)), key, NET, X, Y, ids=IDS), result)
+    smaller = jrobust.run(entry.make(kind(eps / 3)), key, NET, X, Y, ids=IDS)
+    assert np.all(smaller.distance <= eps / 3 + 1e-6)
+    other = jrobust.run(attack, jax.random.key(7), NET, X, Y, ids=IDS)
+    assert Net.traces == traces
+    assert np.array_equal(other.x, result.x) != entry.random
+
+
+@pytest.mark.parametrize("entry", OWN)
+def test_targets_are_reached(entry, key):
+    if not entry.targeted:
+        with pytest.raises((TypeError, ValueError), match="target"):
+            jrobust.run(entry.make(Linf(0.3)), key, NET, X, Y, targets=(Y + 1) % 4)
+        return
+    targets = (Y + 1) % 4
+    result = jrobust.run(entry.make(Linf(0.4)), key, NET, X, Y, ids=IDS, targets=targets)
+    np.testing.assert_array_equal(result.success, np.asarray(NET(result.x)).argmax(1) == targets)
+    assert np.mean(result.success) > 0.3
+
+
+@pytest.mark.parametrize(("entry", "kind"), PAIRS)
+def test_state_and_configuration_are_pytrees(entry, kind, key):
+    attack = entry.make(kind(0.1))
+    leaves, structure = jax.tree.flatten(attack)
+    assert jax.tree.unflatten(structure, leaves) == attack
+    assert jax.tree.structure(entry.make(kind(0.2))) == structure
+    assert hash(structure) == hash(jax.tree.structure(entry.make(kind(0.1))))
+    state = jax.eval_shape(
+        lambda key, x, y: attack.init(keys.examples(key, y), x, y), key, X, jnp.asarray(Y)
+    )
+    assert all(leaf.shape[:1] == (BATCH,) for leaf in jax.tree.leaves(state))
+    after = jax.eval_shape(lambda s: attack.step(NET, s), state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+        assert (before.shape, before.dtype) == (now.shape, now.dtype)
+    assert "eps" in str(jrobust._algorithm.describe(attack))
+
+
+@pytest.mark.parametrize("entry", OWN)
+def test_every_way_to_run_it_agrees(entry, key):
+    """Eager, jit, vmap over eps, sharded jit, shard_map and pmap, on eight devices."""
+    attack = entry.make(Linf(np.float32(0.15)))
+
+    def call(x, y, ids):
+        return attack(key, NET, x, y, ids=ids).success
+
+    batch = jnp.asarray(X), jnp.asarray(Y), jnp.asarray(IDS)
+    want = np.asarray(jrobust.run(attack, key, NET, *batch[:2], ids=batch[2]).success)
+    assert want.sum() > 1
+    got = {"eager": call(*batch), "jit": jax.jit(call)(*batch)}
+    got["vmap"] = jax.jit(
+        jax.vmap(lambda eps: with_eps(attack, eps)(key, NET, *batch[:2], ids=batch[2]).success)
+    )(jnp.float32([0.01, 0.15]))[1]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("data")
+    put = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, rows))
+    got["sharded jit"] = jax.jit(call)(*map(put, batch))
+    got["shard_map"] = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=rows, out_specs=rows))(
+        *batch
+    )
+    pairs = [a.reshape(8, 2, *a.shape[1:]) for a in batch]
+    got["pmap"] = jax.pmap(call)(*pairs).reshape(-1)
+    for name, flags in got.items():
+        np.testing.assert_array_equal(flags, want, err_msg=name)
+
+
+@pytest.mark.parametrize(("entry", "kind"), PAIRS)
+def test_lowers_for_every_platform(entry, kind):
+    attack = entry.make(kind(0.1))
+
+    def call(seed, x, y):
+        return attack(jax.random.key(seed), NET, x, y)
+
+    exported = jax.export.export(jax.jit(call), platforms=("cpu", "cuda", "tpu"))(
+        jnp.uint32(0), X, jnp.asarray(Y)
+    )
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+@pytest.mark.parametrize("entry", catalogue.ATTACKS, ids=lambda e: e.name)
+def test_is_public_and_documented(entry):
+    for name in (entry.name, *entry.also):
+        assert name in attacks.__all__
+        assert getattr(attacks, name).__doc__
+    text = getattr(attacks, entry.name).__doc__
+    assert re.search(r"[A-Z][a-z]+ (et al\.|& [A-Z][a-z]+)[,]? \(?\d{4}", text), "a source"
+    assert "Args:\n" in text
+
+
+def test_the_table_is_complete():
+    covered = {name for entry in catalogue.ATTACKS for name in (entry.name, *entry.also)}
+    assert covered | catalogue.PROTOCOL == set(attacks.__all__)
+    assert not covered & catalogue.PROTOCOL
+    assert all(hasattr(attacks, name) for name in attacks.__all__)
