@@ -10,7 +10,7 @@ import jax
 T = TypeVar("T")
 
 
-def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+def static(*, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """A field that is part of the compiled program (a count, a function) and not a leaf."""
     if default is not dataclasses.MISSING:
         kwargs["default"] = default

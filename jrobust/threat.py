@@ -142,7 +142,7 @@ class Threat(abc.ABC):
         zero = jnp.where(jnp.isfinite(zero), zero, 0.0)
         lo, hi = (rows(bound) + expand(zero, x) for bound in self._bounds(x))
         eps = jnp.asarray(self.eps, x.dtype) + zero
-        return type(self)(eps, lo, hi)
+        return type(self)(eps, lo, hi)  # type: ignore[call-arg]
 
     def check_shapes(self, x: Array) -> None:
         """Raise ``ValueError`` if ``eps``, ``lo`` or ``hi`` cannot broadcast against ``x``."""

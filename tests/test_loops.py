@@ -253,24 +253,25 @@ def test_compositions_in_a_loop(attack):
 
 @algorithm
 class Claims(PGD):
-    """Claims success, or failure, of the clean input."""
+    """Claims success, or failure, of a point right beside the input."""
 
-    claim: bool = static(True)
+    claim: bool = static(default=True)
 
     def result(self, state):
         found = super().result(state)
         success = jnp.full_like(found.success, self.claim)
-        return found._replace(x=state.record.x0, success=success)
+        return found._replace(x=state.record.x0 + 1e-5, success=success)
 
 
-def test_a_claim_that_does_not_verify_is_a_near_tie_and_stands():
-    found = evaluate([Claims(box(EPS)), FGSM(box(SMALL))])
+def test_a_claim_that_does_not_verify_is_a_near_tie_and_stands(tmp_path):
+    found = evaluate([Claims(box(EPS)), FGSM(box(SMALL))], directory=tmp_path)
     assert found.near_ties == CORRECT.sum()
     np.testing.assert_array_equal(found.standing, [CORRECT.sum()] * 2 + [(DISTANCE > SMALL).sum()])
     assert set(found.examples["broken_by"]) == {-1, 1}
     standing = found.examples["robust"]
     np.testing.assert_array_equal(found.x[standing], DATA.x[standing])
     assert set(found.examples["step"][standing]) == {-1}
+    assert sorted(int(row["id"]) for row in table(tmp_path / "examples.csv")) == sorted(DATA.id)
 
 
 def broken_logits(params, extra, x):

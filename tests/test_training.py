@@ -280,6 +280,18 @@ def test_no_gradient_flows_through_the_attack():
     assert differ(grads, jax.jit(jax.grad(lambda p: at(p, p)))(params))
 
 
+def test_no_gradient_reaches_the_settings_of_the_attack():
+    params, extra = start()
+
+    def loss(eps):
+        objective = Adversarial(PGD(L2(eps), steps=2, keep="last"))
+        return objective(KEY, PLAIN, params, extra, full_batch())[0]
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(0.3)
+    assert slope == 0
+    assert value < jax.jit(loss)(0.5)  # though the points do move with it
+
+
 def test_attack_sees_evaluation_mode_and_statistics_see_adversarial_inputs():
     params, extra = start(NORMED)
     batch = full_batch()

@@ -54,7 +54,7 @@ class Record(NamedTuple):
     success: Array  # (B,) whether `best` succeeds
     loss: Array  # (B,) loss at `best`
     first: Array  # (B,) evaluation of the first success, -1
-    count: Array  # (B,) points evaluated so far
+    seen: Array  # (B,) points evaluated so far
     forwards: Array  # (B,)
     backwards: Array  # (B,)
     done: Array  # (B,) bool
@@ -108,7 +108,7 @@ def open_record(threat: Threat, keys: Array, x: Array, y: Array, targets: Array 
         success=zero > 0,
         loss=low,
         first=zero - 1,
-        count=zero,
+        seen=zero,
         forwards=zero,
         backwards=zero,
         done=zero > 0,
@@ -143,8 +143,8 @@ def observe(
         best=where(better, x, record.best),
         success=jnp.where(better, success, record.success),
         loss=jnp.where(better, loss, record.loss),
-        first=jnp.where(success & (record.first < 0) & ~record.done, record.count, record.first),
-        count=record.count + live,
+        first=jnp.where(success & (record.first < 0) & ~record.done, record.seen, record.first),
+        seen=record.seen + live,
         forwards=record.forwards + forwards * live,
         backwards=record.backwards + backwards * live,
     )

@@ -20,7 +20,7 @@ Array = jax.Array
 class _Again(NamedTuple):
     inner: Any
     key: Array  # (B,) keys before the restart is folded in
-    index: Array  # (B,) int32 restart in progress
+    turn: Array  # (B,) int32 restart in progress
 
 
 @algorithm
@@ -72,13 +72,13 @@ class Restarts(Attack):
 
     def _restart(self, state: _Again, inner: Any) -> _Again:
         record = inner.record
-        over = record.done & ~self.done(state) & (state.index + 1 < self.n)
+        over = record.done & ~self.done(state) & (state.turn + 1 < self.n)
         if self.stops_at_success:
             over &= ~record.success
-        index = state.index + over.astype(jnp.int32)
+        index = state.turn + over.astype(jnp.int32)
         keys = _keys.restart(state.key, index)
         # Draws for all lanes what few of them need: free beside a forward pass.
-        fresh = dataclasses.replace(self.attack, threat=record.threat).init(
+        fresh = dataclasses.replace(self.attack, threat=record.threat).init(  # type: ignore[type-var]
             keys, record.x0, record.y, record.target
         )
         fresh = fresh._replace(record=record._replace(key=keys, done=jnp.zeros_like(record.done)))

@@ -42,14 +42,14 @@ class PGD(GradientAttack):
     """
 
     threat: Threat
-    steps: int = static(20)
+    steps: int = static(default=20)
     step_size: Any = None
     rel_step_size: Any = None
-    random_start: bool = static(True)
+    random_start: bool = static(default=True)
     gaussian_start: Any = None
     momentum: Any = None
-    loss: losses.Loss = static(losses.cross_entropy)
-    keep: str = static("success")
+    loss: losses.Loss = static(default=losses.cross_entropy)
+    keep: str = static(default="success")
     estimator: Any = None
 
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:

@@ -205,7 +205,7 @@ def _iterate(
     lanes = lane_count(batch_size, len(train), mesh)
     clock, files = Clock(), Files(directory)
     with clock.measure("compile"):
-        state = jax.jit(init)(key, network, jnp.asarray(train.x[:1]))
+        state = init(key, network, jnp.asarray(train.x[:1]))
 
     def batch(index: np.ndarray, mask: np.ndarray) -> Batch:
         y = train.y[index].astype(np.int32)

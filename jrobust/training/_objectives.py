@@ -79,7 +79,7 @@ class Standard:
         loss: ``loss(logits, y) -> (B,)``; the cross entropy takes soft labels too.
     """
 
-    loss: losses.Loss = static(losses.cross_entropy)
+    loss: losses.Loss = static(default=losses.cross_entropy)
 
     def __call__(
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
@@ -105,7 +105,7 @@ class Adversarial:
     """
 
     attack: Attack
-    loss: losses.Loss = static(losses.cross_entropy)
+    loss: losses.Loss = static(default=losses.cross_entropy)
 
     def check(self, x: Array, y: Array, classes: int) -> None:
         """Raise where the attack's settings make no sense for ``x``; see :class:`Objective`."""
@@ -199,7 +199,7 @@ class GaussianAugmentation:
     """
 
     sigma: Any
-    loss: losses.Loss = static(losses.cross_entropy)
+    loss: losses.Loss = static(default=losses.cross_entropy)
 
     def check(self, x: Array, y: Array, classes: int) -> None:
         """Raise ``ValueError`` unless ``sigma`` is a positive number."""

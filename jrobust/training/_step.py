@@ -109,6 +109,9 @@ class State:
     network: Network = static()
 
 
+# Compiled once for each network: drawing weights takes longer to compile than a training step.
+_draw = jax.jit(lambda network, key, x: network.init(key, x))
+
 Init = Callable[[Array, Network, Array], State]
 Update = Callable[[State, Batch], tuple[State, Metrics]]
 
@@ -134,7 +137,7 @@ def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, 
 
     def init(key: Array, network: Network, x: Array) -> State:
         _keys.check(key)
-        params, extra = network.init(jax.random.fold_in(key, 0), x)
+        params, extra = _draw(network, jax.random.fold_in(key, 0), x)
         return State(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.fold_in(key, 1),

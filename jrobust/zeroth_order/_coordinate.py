@@ -46,8 +46,8 @@ class CGE(Estimator):
     """
 
     mu: Any
-    central: bool = static(True, kw_only=True)
-    chunk: int | None = static(None, kw_only=True)
+    central: bool = static(default=True, kw_only=True)
+    chunk: int | None = static(default=None, kw_only=True)
 
     def check(self, x: PyTree | None = None, *, batched: bool = False) -> None:
         """See :meth:`Estimator.check`; also ``ValueError`` for a chunk that is too small."""

@@ -57,9 +57,9 @@ class RGE(Estimator):
 
     mu: Any
     samples: int = static()
-    direction: str = static("gaussian", kw_only=True)
-    antithetic: bool = static(False, kw_only=True)
-    chunk: int | None = static(None, kw_only=True)
+    direction: str = static(default="gaussian", kw_only=True)
+    antithetic: bool = static(default=False, kw_only=True)
+    chunk: int | None = static(default=None, kw_only=True)
 
     def check(self, x: PyTree | None = None, *, batched: bool = False) -> None:
         """See :meth:`Estimator.check`; also ``ValueError`` for samples, direction and chunk."""
