@@ -1,0 +1,169 @@
+"""One computation, whatever back end and however many devices run it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jrobust import attacks, models, parallel, smoothing, training
+from jrobust import keys as _keys
+from jrobust.threat import L2, Linf
+
+BACKENDS = ("jit", "shard_map", "pmap")
+
+
+def mesh(n):
+    return parallel.mesh(jax.devices()[:n])
+
+
+def linear(x):
+    w = jnp.sin(jnp.arange(36.0)).reshape(12, 3)
+    return x.reshape(x.shape[0], -1) @ w
+
+
+def points(rows):
+    x = 0.3 + 0.4 * jax.random.uniform(jax.random.key(5), (rows, 12))
+    return x, jnp.argmax(linear(x), -1), jnp.arange(rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "threat", [Linf(0.05), pytest.param(L2(0.15), marks=pytest.mark.full)], ids=["Linf", "L2"]
+)
+def test_attacks_are_bit_equal_at_one_lane_shape(key, backend, threat):
+    attack = attacks.restarts(attacks.PGD(threat, steps=4), 2)
+
+    def lanes(key, x, y, ids):
+        found = attack.init(_keys.examples(key, ids), x, y)
+        for _ in range(3):
+            found = attack.step(linear, found)
+        return attack.result(found), attack(key, linear, x, y, ids=ids)
+
+    x, y, ids = points(32)
+    # One device of eight lanes, four times, is the reference.
+    single = parallel.data_parallel(lanes, mesh(1), backend, in_axes=(None, 0, 0, 0))
+    pieces = [single(key, *(a[i : i + 8] for a in (x, y, ids))) for i in range(0, 32, 8)]
+    expected = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
+    assert 0 < np.mean(expected[1].success) < 1
+    for devices in (2, 4):
+        split = parallel.data_parallel(lanes, mesh(devices), backend, in_axes=(None, 0, 0, 0))
+        rows = 8 * devices
+        found = [split(key, *(a[i : i + rows] for a in (x, y, ids))) for i in range(0, 32, rows)]
+        found = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+            if backend == "jit" and a.dtype == np.float32:
+                # One global program: XLA may round a wider batch otherwise.
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+            else:
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vote_counts_do_not_depend_on_devices(key, backend):
+    x, _, ids = points(8)
+
+    def count(key, x, ids):
+        return smoothing.count_votes(key, linear, x, smoothing.Gaussian(0.3), 50, ids=ids, chunk=16)
+
+    counts = [
+        np.asarray(
+            parallel.data_parallel(count, mesh(n), backend, in_axes=(None, 0, 0))(key, x, ids)
+        )
+        for n in (1, 2, 8)
+    ]
+    assert len(np.unique(np.asarray(counts[0]))) > 3
+    for other in counts[1:]:
+        np.testing.assert_array_equal(counts[0], other)
+
+
+def train(backend, devices, norm, objective):
+    network = models.network(models.SmallCNN(widths=(4, 4), hidden=8, classes=3, norm=norm))
+    init, update = training.step(objective, optax.sgd(0.2, momentum=0.9))
+    x = jax.random.uniform(jax.random.key(3), (16, 6, 6, 1))
+    y = jnp.arange(16) % 3
+    # Uneven shards: two devices of eight hold filler rows only.
+    batch = training.batch(x, y, mask=np.arange(16) < 11)
+    state = init(jax.random.key(0), network, x[:1])
+    if norm and backend != "jit":
+        synced = models.SmallCNN(
+            widths=(4, 4), hidden=8, classes=3, norm=True, axis_name=parallel.AXIS
+        )
+        state = dataclasses.replace(state, network=models.network(synced))
+    step = parallel.data_parallel(
+        update, mesh(devices), backend, in_axes=(None, 0), out_axes=None, donate_argnums=0
+    )
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    return jax.device_get((state.params, state.extra, metrics))
+
+
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_is_that_of_the_global_batch(backend, norm):
+    objective = training.Adversarial(attacks.PGD(L2(0.2), steps=2, keep="last"))
+    expected = train("jit", 1, norm, objective)
+    found = train(backend, 8, norm, objective)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+def test_gradients_are_reduced_once(backend):
+    """The mean of local gradients is neither N times too large nor left local."""
+
+    def local(w, x, mask):
+        def loss(w, x):
+            return jnp.sum(jnp.where(mask, w * x, 0.0)) / jnp.maximum(
+                mask.sum(), 1
+            ), w * x.sum() * 0
+
+        (value, aux), grad = parallel.value_and_grad(loss)(w, x, weight=mask.sum())
+        return value, aux, grad
+
+    x, mask = jnp.arange(1.0, 9.0), jnp.arange(8) != 2
+    split = parallel.data_parallel(local, mesh(4), backend, in_axes=(None, 0, 0), out_axes=None)
+    value, aux, grad = split(jnp.float32(3.0), x, mask)
+    mean = np.mean(np.asarray(x)[np.asarray(mask)])
+    np.testing.assert_allclose(grad, mean, rtol=1e-6)
+    np.testing.assert_allclose(value, 3 * mean, rtol=1e-6)
+    np.testing.assert_allclose(aux, 3 * mean, rtol=1e-6)
+
+
+def test_reuse_and_ahead_of_time_compilation(key):
+    traces = []
+
+    def double(x):
+        traces.append(1)
+        return 2 * x
+
+    split = parallel.data_parallel(double, mesh(4))
+    for value in (1.0, 2.0):
+        np.testing.assert_array_equal(split(jnp.full(8, value)), np.full(8, 2 * value))
+    assert len(traces) == 1
+    for backend in BACKENDS:
+        program = parallel.data_parallel(double, mesh(4), backend).compile(jnp.zeros(8))
+        np.testing.assert_array_equal(program(np.arange(8.0, dtype=np.float32)), 2 * np.arange(8.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parallel.mesh([]), "at least one device"),
+        (lambda: parallel.data_parallel(lambda x: x, mesh(2), "thread"), "backend must be"),
+        (lambda: parallel.data_parallel(lambda x: x, mesh(2), in_axes=(1,)), "in_axes"),
+        (lambda: parallel.data_parallel(lambda x: x, mesh(2))(jnp.zeros(3)), "multiple"),
+        (lambda: parallel.data_parallel(lambda x: x, mesh(2))(jnp.float32(0)), "multiple"),
+        (
+            lambda: parallel.data_parallel(
+                lambda x: x, jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+            ),
+            "one axis",
+        ),
+    ],
+)
+def test_mistakes_get_a_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
