@@ -15,7 +15,10 @@ from jrobust.attacks import (
     sequence,
     union,
 )
+from jrobust.smoothing import Gaussian
 from jrobust.threat import L2, Linf, Threat
+from jrobust.training import TRADES, Adversarial, GaussianAugmentation, Standard
+from jrobust.zeroth_order import CGE, RGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +65,47 @@ ATTACKS = [
 
 # Public names of jrobust.attacks that are no attacks: the protocol and its parts.
 PROTOCOL = {"Attack", "AttackResult", "GradientAttack", "Record", "State", "with_eps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """An algorithm of another room: an objective, a noise, an estimator.
+
+    Args:
+        name: its public name.
+        room: the module that exports it.
+        make: the algorithm for one number, which is a leaf of it.
+        numbers: two values of that number.
+    """
+
+    name: str
+    room: str
+    make: Callable[[float], object]
+    numbers: tuple[float, float]
+
+
+def _inner(eps: float) -> PGD:
+    return PGD(Linf(eps), steps=2, keep="last")
+
+
+OBJECTIVES = [
+    Part("Standard", "training", lambda _: Standard(), (0.0, 0.0)),
+    Part("Adversarial", "training", lambda eps: Adversarial(_inner(eps)), (0.02, 0.05)),
+    Part("TRADES", "training", lambda beta: TRADES(_inner(0.02), beta=beta), (1.0, 6.0)),
+    Part("GaussianAugmentation", "training", GaussianAugmentation, (0.1, 0.3)),
+]
+NOISES = [Part("Gaussian", "smoothing", Gaussian, (0.1, 0.3))]
+ESTIMATORS = [
+    Part("CGE", "zeroth_order", CGE, (1e-2, 2e-2)),
+    Part("RGE", "zeroth_order", lambda mu: RGE(mu, 4), (1e-2, 2e-2)),
+]
+
+# Public names of those rooms that are no algorithms.
+OTHERS = {
+    "training": {"Batch", "Objective", "State", "adversarial_examples", "batch", "step"},
+    "smoothing": {
+        "ABSTAIN", "Certificate", "Noise", "Stages", "ceiling", "certify", "count_votes", "predict",
+        "stages",
+    },
+    "zeroth_order": {"Estimator", "surrogate", "value_and_grad"},
+}  # fmt: skip

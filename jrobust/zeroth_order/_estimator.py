@@ -90,9 +90,10 @@ class Estimator(abc.ABC):
         """
         if jnp.shape(self.mu) != ():
             raise ValueError(f"mu must be a single number, got shape {jnp.shape(self.mu)}")
-        concrete = not isinstance(self.mu, jax.core.Tracer)
-        if concrete and not (math.isfinite(self.mu) and self.mu > 0):
-            raise ValueError(f"mu must be positive and finite, got {self.mu}; try 5e-3")
+        # A Python number: inside jit, even comparing known arrays would be traced.
+        mu = None if isinstance(self.mu, jax.core.Tracer) else float(self.mu)
+        if mu is not None and not (math.isfinite(mu) and mu > 0):
+            raise ValueError(f"mu must be positive and finite, got {mu}; try 5e-3")
         if x is None:
             return
         leaves = jax.tree.leaves(x)
@@ -109,10 +110,10 @@ class Estimator(abc.ABC):
                 raise ValueError("x must be finite, got NaN or infinity in it")
             dtype = jnp.result_type(leaf)
             spacing = _spacing(largest, dtype)
-            if concrete and not self.mu * size >= spacing:
+            if mu is not None and not mu * size >= spacing:
                 raise ValueError(
-                    f"mu={self.mu} is lost to rounding: it moves a coordinate by about "
-                    f"{self.mu * size:.2g}, but {dtype} numbers near max |x| = {largest:.4g} "
+                    f"mu={mu} is lost to rounding: it moves a coordinate by about "
+                    f"{mu * size:.2g}, but {dtype} numbers near max |x| = {largest:.4g} "
                     f"are {spacing:.2g} apart; use mu >= {4 * spacing / size:.2g}, rescale x, or "
                     "give x in a wider dtype"
                 )
