@@ -24,11 +24,11 @@ lint: .venv/.installed
 
 # Everything that a change can break.
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # And the long statistics.
 test-full: lint
-	$(PY) -m pytest -m "full or not full"
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "full or not full"
 
 # The benchmarks against PyTorch, small; the peer has an environment of its own.
 .venv-peer/.installed: Makefile

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
 Backend = Literal["jit", "shard_map", "pmap"]
-Axes = int | None | Sequence[int | None]
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("_inside", default=False)
 
@@ -41,6 +41,9 @@ def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     if not devices:
         raise ValueError("a mesh needs at least one device")
     return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
+
+
+_all_devices = mesh  # where an argument hides the name
 
 
 @contextlib.contextmanager
@@ -151,7 +154,7 @@ def data_parallel(
     mesh: Mesh | None = None,
     backend: Backend = "jit",
     *,
-    in_axes: Axes = 0,
+    in_axes: int | Sequence[int | None] | None = 0,
     out_axes: int | None = 0,
     donate_argnums: int | Sequence[int] = (),
 ) -> DataParallel:
@@ -171,16 +174,15 @@ def data_parallel(
         ValueError: for an unknown back end or axis, and when called with a batch that is not a
             multiple of the number of devices.
     """
-    mesh = globals()["mesh"]() if mesh is None else mesh
+    mesh = _all_devices() if mesh is None else mesh
     if AXIS not in mesh.axis_names or mesh.size != mesh.shape[AXIS]:
         raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {dict(mesh.shape)}")
-    axes = tuple(in_axes) if isinstance(in_axes, Sequence) else None
-    if axes is None:
-        import inspect
-
-        axes = (in_axes,) * len(inspect.signature(fn).parameters)  # type: ignore[assignment]
+    if isinstance(in_axes, Sequence):
+        axes = tuple(in_axes)
+    else:
+        axes = (in_axes,) * len(inspect.signature(fn).parameters)
     donate = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
-    return DataParallel(fn, mesh, backend, axes, out_axes, donate)  # type: ignore[arg-type]
+    return DataParallel(fn, mesh, backend, axes, out_axes, donate)
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -386,9 +386,9 @@ class GradientAttack(Attack):
             keys = _keys.fold(record.key, t + 1)
             loss, logits = evaluate(x)
             _, estimate = self.estimator.per_example(
-                keys, lambda p: evaluate(p)[0], x, host=drive.is_host(logits_fn)
+                keys, lambda p: evaluate(p)[0], x, values=loss, host=drive.is_host(logits_fn)
             )
-            return loss, logits, estimate, 1 + self.estimator.queries(x[0]), 0
+            return loss, logits, estimate, self.estimator.queries(x[0]), 0
         if drive.is_host(logits_fn):
             raise TypeError(
                 f"{type(self).__name__} needs gradients, which a Host model does not give: set "

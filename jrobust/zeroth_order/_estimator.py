@@ -162,19 +162,27 @@ class Estimator(abc.ABC):
         return value, _unravel(plan.factor * total, x)
 
     def per_example(
-        self, keys: Any, fn: Callable[[PyTree], Array], x: PyTree, *, host: bool = False
+        self,
+        keys: Any,
+        fn: Callable[[PyTree], Array],
+        x: PyTree,
+        *,
+        values: Array | None = None,
+        host: bool = False,
     ) -> tuple[Array, PyTree]:
         """Estimate the gradient of each example of a batch, one direction of each at a time.
 
-        ``fn`` is called ``queries(example)`` times, first with ``x`` itself and always with whole
-        batches of the shape of ``x``. The directions of a row come from its own key, so that they
-        do not depend on the batch it is in. ``chunk`` plays no part: the batch fills the device.
+        ``fn`` is called ``queries(example)`` times, first with ``x`` itself (once less if its
+        ``values`` are given), always with whole batches of the shape of ``x``. The directions of
+        a row come from its own key, so that they do not depend on the batch it is in. ``chunk``
+        plays no part: the batch fills the device.
 
         Args:
             keys: (B,) typed PRNG keys, one for each example; ignored by estimators without
                 randomness (None will do).
             fn: (B, ...) -> (B,) float32 (or float64), rows independent.
             x: (B, ...) floats, or a pytree of such arrays, B the same for all.
+            values: (B,) ``fn(x)``, where the caller has paid for it already.
             host: run in a Python loop, for a black box: ``fn`` is never traced, is given
                 jax arrays, may return numpy ones (differences of float64 values are then taken in
                 float64), and each call of it is one evaluation that counts. Otherwise one ``lax``
@@ -200,7 +208,7 @@ class Estimator(abc.ABC):
             )
         d = _dimension(leaves) // batch
         plan = self._plan(d)
-        values = fn(x)
+        values = fn(x) if values is None else values
         check_value(values, (batch,))
 
         def body(i: Array, total: Array) -> Array:
