@@ -17,6 +17,7 @@ from jrobust import (
     statistics,
     threat,
     training,
+    weights,
     zeroth_order,
 )
 from jrobust._algorithm import algorithm, static
@@ -42,5 +43,6 @@ __all__ = [
     "sweep",
     "threat",
     "training",
+    "weights",
     "zeroth_order",
 ]

@@ -23,6 +23,7 @@ from jrobust.loops._lanes import (
     check_data,
     lane_count,
     rows,
+    surroundings,
     with_iter,
 )
 from jrobust.statistics._binomial import check_probability
@@ -137,9 +138,7 @@ def _iterate(
         "radius_ceiling": reach,
         "batch_size": lanes,
         "examples": total,
-        "seed": jax.random.key_data(key).tolist(),
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
+        **surroundings(key, mesh),
     }
     files.json("configuration.json", configuration)
     model, noise = _run.as_pytree(logits_fn), _run.strong(noise)

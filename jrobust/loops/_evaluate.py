@@ -26,6 +26,7 @@ from jrobust.loops._lanes import (
     check_shared,
     lane_count,
     rows,
+    surroundings,
     with_iter,
 )
 
@@ -155,9 +156,7 @@ def _iterate(
         "attacks": {name: describe(attack) for name, attack in named.items()},
         "batch_size": lanes,
         "examples": total,
-        "seed": jax.random.key_data(key).tolist(),
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
+        **surroundings(key, mesh),
     }
     files.json("configuration.json", configuration)
 

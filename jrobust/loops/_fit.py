@@ -27,6 +27,7 @@ from jrobust.loops._lanes import (
     check_shared,
     lane_count,
     rows,
+    surroundings,
     with_iter,
 )
 from jrobust.models import Bound, Network
@@ -253,9 +254,7 @@ def _iterate(
         "batch_size": lanes,
         "examples": len(train),
         "validate": describe(validate) if validation is not None else None,
-        "seed": jax.random.key_data(key).tolist(),
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
+        **surroundings(key, mesh),
     }
     files.json("configuration.json", configuration)
     history: list[dict[str, float]] = []

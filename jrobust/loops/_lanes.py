@@ -61,6 +61,16 @@ def _program(
     return parallel.data_parallel(drive.rewrite(fn), mesh, backend, in_axes=in_axes, **options)
 
 
+def surroundings(key: jax.Array, mesh: Mesh) -> dict[str, Any]:
+    """What besides the settings a result may depend on, for the configuration in a report."""
+    return {
+        "seed": jax.random.key_data(key).tolist(),
+        "devices": mesh.size,
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+
+
 class Clock:
     """Where the wall time of a loop goes: ``compile``, ``run`` and ``other`` seconds."""
 
