@@ -61,7 +61,8 @@ def random_by_layer(key: Array, params: Tree, ratios: Tree) -> Tree:
     """
     _keys.check(key)
     leaves, treedef = jax.tree.flatten(params)
-    shares, other = jax.tree.flatten(ratios)
+    shares = jax.tree.leaves(ratios)
+    other: Any = jax.tree.structure(ratios)
     if other != treedef:
         raise ValueError(f"ratios must have the structure of params, {treedef}, got {other}")
     masks = []
