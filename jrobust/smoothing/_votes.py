@@ -37,11 +37,6 @@ def stages(key: Array) -> Stages:
 
 def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) -> None:
     keys.check(key)
-    if "rbg" in str(jax.random.key_impl(key)):
-        raise ValueError(
-            "votes need a threefry key, got an rbg key, whose draws depend on the batch around "
-            "them; make the key with jax.random.key(seed, impl='threefry2x32')"
-        )
     dtype = getattr(x, "dtype", type(x).__name__)
     if dtype != jnp.float32:
         raise TypeError(
@@ -103,7 +98,7 @@ def count_votes(
 
     Raises:
         TypeError: x not float32, start not integer, a raw uint32 key.
-        ValueError: empty x, n or chunk < 1, ids of another shape, an rbg key, noise not float32,
+        ValueError: empty x, n or chunk < 1, ids of another shape, noise not float32,
             logits that are not (R, C) with C >= 2.
     """
     ids = None if ids is None else jnp.asarray(ids)
