@@ -51,26 +51,34 @@ def train(splits: data.Splits, out: pathlib.Path) -> dict[str, loops.FitReport]:
     network = models.network(models.SmallCNN(widths=(24, 48), hidden=128, classes=10))
     inner = attacks.PGD(Linf(EPS), steps=7, keep="last")
     recipes = {
-        # name: objective, epochs, weight decay, validation metric
-        "standard": (training.Standard(), 30, 0.5, loops.CleanAccuracy()),
+        # name: objective, epochs, batch size, weight decay, validation metric
+        "standard": (training.Standard(), 40, 32, 0.5, loops.CleanAccuracy()),
         "adversarial": (
             training.Adversarial(inner),
             70,
+            64,
             1.0,
             loops.RobustAccuracy(attacks.PGD(Linf(EPS), steps=10)),
         ),
-        "smoothed": (training.GaussianAugmentation(SIGMA), 120, 0.2, loops.NoisyAccuracy(SIGMA)),
+        "smoothed": (
+            training.GaussianAugmentation(SIGMA),
+            120,
+            64,
+            0.2,
+            loops.NoisyAccuracy(SIGMA),
+        ),
     }
     trained = {}
-    for seed, (name, (objective, epochs, decay, validate)) in enumerate(recipes.items()):
+    for seed, (name, recipe) in enumerate(recipes.items()):
+        objective, epochs, batch_size, decay, validate = recipe
         trained[name] = loops.fit(
             jax.random.key(seed),
             network,
             objective,
-            optimiser(len(splits.train), epochs, 64, decay),
+            optimiser(len(splits.train), epochs, batch_size, decay),
             splits.train,
             epochs=epochs,
-            batch_size=64,
+            batch_size=batch_size,
             validation=splits.validation,
             validate=validate,
             directory=out / name,
