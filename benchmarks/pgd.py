@@ -342,7 +342,7 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="ResNet-8, batch 32: a minute")
+    parser.add_argument("--small", action="store_true", help="ResNet-8, batch 32: minutes")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "pgd.json")
     parser.add_argument(
         "--peer-python",

@@ -93,7 +93,7 @@ def restarts(attack: GradientAttack, n: int) -> Restarts:
     """Run ``attack`` up to ``n`` times with fresh randomness; the first success ends the example.
 
     Restart 0 is what the attack alone would do under the same key, so more restarts never find
-    less (Madry et al. 2018, section 5). Restarts advance inside a lane. With ``keep="loss"`` all
+    less (Madry et al. 2018). Restarts advance inside a lane. With ``keep="loss"`` all
     run and the highest loss stays.
 
     Args:
@@ -281,7 +281,7 @@ def _members(name: str, attacks: tuple[Attack, ...]) -> tuple[Attack, ...]:
 
 
 def sequence(*attacks: Attack) -> Sequence:
-    """Attacks in order, each on the examples that still stand (Croce & Hein 2020, section 5).
+    """Attacks in order, each on the examples that still stand (Croce & Hein 2020).
 
     The first success ends an example. Member 0 draws what it would draw alone, so a sequence never
     finds less than its first member. Where none succeeds, the point of highest loss is returned.
@@ -304,7 +304,7 @@ def sequence(*attacks: Attack) -> Sequence:
 def union(*attacks: Attack) -> Union:
     """Every attack on every example, for instance one for each norm; the worst outcome counts.
 
-    With one member for each norm this is the "max" of Tramer & Boneh (2019, section 3).
+    With one member for each norm this is the "max" of Tramer & Boneh (2019).
 
     Per example a success is preferred, then the highest loss (comparable where the members ascend
     the same loss), then the earlier member. ``distance`` is in the norm of the member chosen.

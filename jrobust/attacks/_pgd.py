@@ -18,7 +18,7 @@ Array = jax.Array
 
 @algorithm
 class PGD(GradientAttack):
-    """Projected gradient descent (Madry et al. 2018, eq. 5; Kurakin et al. 2017 without start).
+    """Projected gradient descent (Madry et al. 2018; without start Kurakin et al. 2017).
 
     ``x_{t+1} = project(x_t + step_size * steepest(gradient))`` from a random point of the ball. The
     first misclassified point ends the example, the start included.

@@ -38,7 +38,7 @@ class RGE(Estimator):
     counts all leaves. Direction i of a key comes from ``fold_in(key, i)`` and is made anew where
     it is used, so memory does not grow with ``samples``.
 
-    Gaussian: Nesterov and Spokoiny 2017, eq. 22 and 26; sphere: Flaxman et al. 2005, lemma 1, and
+    Gaussian: Nesterov and Spokoiny 2017; sphere: Flaxman et al. 2005 and
     Zhang et al. 2022 (ZO-AE-DS: mu = 5e-3, q up to d). ``antithetic`` pairs are SPSA's (Spall 1992,
     with these directions) and MeZO's (Malladi et al. 2023, q = 1).
 
