@@ -4,7 +4,8 @@
 
 Real data (scikit-learn's 1,797 digits), three ways of training, PGD-50 with restarts, a robust
 accuracy curve from one vmapped program, randomized smoothing, and a gradient without
-backpropagation. About two minutes on two CPU cores.
+backpropagation. About two minutes on two CPU cores. Kill it and run it again: it goes on where it
+was; with --fresh it starts over.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def optimiser(examples: int, epochs: int, batch_size: int, decay: float):
     return optax.adamw(schedule, weight_decay=decay)
 
 
-def train(splits: data.Splits, out: pathlib.Path) -> dict[str, loops.FitReport]:
+def train(splits: data.Splits, out: pathlib.Path, resume: bool) -> dict[str, loops.FitReport]:
     """Three models of one network, trained on three objectives.
 
     The learning rate ends at zero, so the last weights are the ones to use.
@@ -82,6 +83,7 @@ def train(splits: data.Splits, out: pathlib.Path) -> dict[str, loops.FitReport]:
             validation=splits.validation,
             validate=validate,
             directory=out / name,
+            resume=resume,
         )
     return trained
 
@@ -139,7 +141,9 @@ def gradient_error(model, x: np.ndarray, y: np.ndarray):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/quickstart"))
-    out = parser.parse_args().out
+    parser.add_argument("--fresh", action="store_true", help="start over in a used folder")
+    args = parser.parse_args()
+    out, resume = args.out, not args.fresh
     # On a CPU, several devices of one thread are faster than one device of several threads. Has no
     # effect on GPU and TPU, and on results none beyond rounding: the loops use all devices.
     cores = os.cpu_count() or 1
@@ -149,7 +153,7 @@ def main() -> None:
     test = splits.test
 
     print(f"Training three models on {len(splits.train)} digits")
-    trained = train(splits, out)
+    trained = train(splits, out, resume)
 
     print(f"\nAttacking {len(test)} test digits with PGD-50, 2 restarts, Linf {EPS}")
     attack = attacks.restarts(attacks.PGD(Linf(EPS), steps=50), 2)
@@ -161,6 +165,7 @@ def main() -> None:
             {"PGD-50 x 2": attack},
             batch_size=len(test),
             directory=out / name / "attack",
+            resume=resume,
         )
         for name in ("standard", "adversarial")
     }
@@ -178,6 +183,7 @@ def main() -> None:
         alpha=0.001,
         batch_size=50,
         directory=out / "smoothed" / "certificates",
+        resume=resume,
     )
     error, queries, *gradient_seconds = gradient_error(
         trained["adversarial"].last_model, test.x[0], test.y[0]

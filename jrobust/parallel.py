@@ -20,12 +20,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,6 +46,89 @@ def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 _all_devices = mesh  # where an argument hides the name
+
+
+def is_main() -> bool:
+    """Whether this is the one process, of several, that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"jrobust {name}")
+
+
+def agree(decision: bool) -> bool:
+    """What the main process decided, on every process."""
+    if jax.process_count() == 1:
+        return decision
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as numpy arrays, whole on every process, however they are split.
+
+    Where several processes hold parts of an array, all of them must call this.
+    """
+
+    def host(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(host, tree)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays, equal on all processes, copied to every device of ``mesh``."""
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: _place(leaf, sharding), tree)
+
+
+def local(tree: Any) -> Any:
+    """Arrays that all processes hold whole, as ordinary arrays of this one."""
+
+    def ours(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = ours(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jnp.asarray(leaf.addressable_data(0))
+
+    return jax.tree.map(ours, tree)
+
+
+def free_memory(mesh: Mesh) -> int:
+    """Bytes that programs may use on each device of this process.
+
+    Nine tenths of what the device reports as free; on the CPU, half of the machine's available
+    memory, shared by its devices.
+    """
+    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in one for one in stats):
+        return int(0.9 * min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in stats))
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // 2 // len(devices)
+
+
+def _place(leaf: Any, sharding: NamedSharding) -> Any:
+    """``leaf``, equal on all processes, on the devices of ``sharding``."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            return leaf if leaf.sharding == sharding else jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = _place(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # Every process fills its own devices; nothing is sent.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 @contextlib.contextmanager
@@ -104,6 +189,11 @@ class DataParallel:
                 donate_argnums=donate_argnums,
             )
         elif backend == "pmap":
+            if mesh.is_multi_process:
+                raise ValueError(
+                    "pmap splits over the devices of one process, and this mesh has those of "
+                    "several: use backend='jit' or 'shard_map'"
+                )
             self._program = jax.pmap(
                 local,
                 AXIS,
@@ -125,9 +215,10 @@ class DataParallel:
                 jax.tree.map(self._fold, arg) if axis == 0 else arg
                 for arg, axis in zip(args, self.in_axes)
             )
+        shardings = [NamedSharding(self.mesh, _spec(axis)) for axis in self.in_axes]
         return tuple(
-            jax.device_put(arg, NamedSharding(self.mesh, _spec(axis)))
-            for arg, axis in zip(args, self.in_axes)
+            jax.tree.map(lambda leaf, s=sharding: _place(leaf, s), arg)
+            for arg, sharding in zip(args, shardings)
         )
 
     def _fold(self, leaf: Any) -> Any:
@@ -143,10 +234,37 @@ class DataParallel:
         """Run on the whole batch."""
         return self._flat(self._program(*self.put(*args)))
 
-    def compile(self, *args: Any) -> Callable[..., Any]:
+    def lower(self, *args: Any) -> Callable[[], Compiled]:
+        """Trace and lower for arguments like ``args``; the result compiles, in any thread."""
+        lowered = self._program.lower(*self.put(*args))
+        return lambda: Compiled(self, lowered.compile())
+
+    def compile(self, *args: Any) -> Compiled:
         """Compile ahead of time for arguments like ``args``; the result takes such arguments."""
-        program = self._program.lower(*self.put(*args)).compile()
-        return lambda *args: self._flat(program(*self.put(*args)))
+        return self.lower(*args)()
+
+
+class Compiled:
+    """A compiled program over a mesh; made by :meth:`DataParallel.compile`.
+
+    Attributes:
+        bytes: memory that the program needs on each device: arguments, results and what it
+            holds in between, as the compiler reports it.
+    """
+
+    def __init__(self, split: DataParallel, program: Any) -> None:
+        self._split, self._program = split, program
+        sizes = program.memory_analysis()
+        self.bytes = int(
+            sizes.argument_size_in_bytes
+            + sizes.output_size_in_bytes
+            + sizes.temp_size_in_bytes
+            - sizes.alias_size_in_bytes
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the whole batch."""
+        return self._split._flat(self._program(*self._split.put(*args)))
 
 
 def data_parallel(

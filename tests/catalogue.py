@@ -102,7 +102,10 @@ ESTIMATORS = [
 
 # Public names of those rooms that are no algorithms.
 OTHERS = {
-    "training": {"Batch", "Objective", "State", "adversarial_examples", "batch", "step"},
+    "training": {
+        "EMA", "SWA", "Averaging", "Batch", "Objective", "State", "adversarial_examples", "batch",
+        "guarded", "step", "update_statistics",
+    },
     "smoothing": {
         "ABSTAIN", "Certificate", "Noise", "Stages", "ceiling", "certify", "count_votes", "predict",
         "stages",

@@ -43,14 +43,14 @@ def test_attacks_are_bit_equal_at_one_lane_shape(key, backend, threat):
         return attack.result(found), attack(key, linear, x, y, ids=ids)
 
     x, y, ids = points(32)
-    # One device of eight lanes, four times, is the reference.
+    # One device of four lanes, eight times, is the reference.
     single = parallel.data_parallel(lanes, mesh(1), backend, in_axes=(None, 0, 0, 0))
-    pieces = [single(key, *(a[i : i + 8] for a in (x, y, ids))) for i in range(0, 32, 8)]
+    pieces = [single(key, *(a[i : i + 4] for a in (x, y, ids))) for i in range(0, 32, 4)]
     expected = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
     assert 0 < np.mean(expected[1].success) < 1
-    for devices in (2, 4):
+    for devices in (2, 4, 8):
         split = parallel.data_parallel(lanes, mesh(devices), backend, in_axes=(None, 0, 0, 0))
-        rows = 8 * devices
+        rows = 4 * devices
         found = [split(key, *(a[i : i + rows] for a in (x, y, ids))) for i in range(0, 32, rows)]
         found = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
@@ -72,7 +72,7 @@ def test_vote_counts_do_not_depend_on_devices(key, backend):
         np.asarray(
             parallel.data_parallel(count, mesh(n), backend, in_axes=(None, 0, 0))(key, x, ids)
         )
-        for n in (1, 2, 8)
+        for n in (1, 2, 4, 8)
     ]
     assert len(np.unique(np.asarray(counts[0]))) > 3
     for other in counts[1:]:
@@ -100,12 +100,21 @@ def train(backend, devices, norm, objective):
     return jax.device_get((state.params, state.extra, metrics))
 
 
-@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize(
+    ("norm", "devices"),
+    [
+        (True, 8),
+        *(
+            pytest.param(norm, devices, marks=pytest.mark.full)
+            for norm, devices in ((False, 8), (True, 4), (True, 2))
+        ),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_is_that_of_the_global_batch(backend, norm):
+def test_training_is_that_of_the_global_batch(backend, norm, devices):
     objective = training.Adversarial(attacks.PGD(L2(0.2), steps=2, keep="last"))
     expected = train("jit", 1, norm, objective)
-    found = train(backend, 8, norm, objective)
+    found = train(backend, devices, norm, objective)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
@@ -145,6 +154,34 @@ def test_reuse_and_ahead_of_time_compilation(key):
     for backend in BACKENDS:
         program = parallel.data_parallel(double, mesh(4), backend).compile(jnp.zeros(8))
         np.testing.assert_array_equal(program(np.arange(8.0, dtype=np.float32)), 2 * np.arange(8.0))
+
+
+def test_memory_is_what_the_compiler_reports():
+    def scaled(x):
+        return jnp.sin(x)[:, ::-1] * 2.0
+
+    for devices in (1, 4):
+        split = parallel.data_parallel(scaled, mesh(devices))
+        compiled = split.compile(np.zeros((64, 1024), np.float32))
+        # At least the argument and the result, each device a part of them.
+        part = 64 * 1024 * 4 // devices
+        assert 2 * part <= compiled.bytes <= 4 * part
+    assert 2**20 < parallel.free_memory(mesh(8)) < 2**40
+    assert parallel.free_memory(mesh(8)) < parallel.free_memory(mesh(1)) / 4
+
+
+def test_arrays_travel_whole():
+    tree = {"a": np.arange(6.0, dtype=np.float32), "key": jax.random.key(3)}
+    copies = parallel.replicate(tree, mesh(4))
+    assert len(copies["a"].sharding.device_set) == 4
+    assert copies["a"].sharding.is_fully_replicated
+    np.testing.assert_array_equal(parallel.fetch(copies["a"]), tree["a"])
+    rows = jax.device_put(np.arange(8), jax.sharding.NamedSharding(mesh(4), jax.P(parallel.AXIS)))
+    np.testing.assert_array_equal(parallel.fetch({"rows": rows})["rows"], np.arange(8))
+    back = parallel.local(copies)
+    assert jax.random.key_data(back["key"]).tolist() == [0, 3]
+    assert parallel.is_main()
+    assert [parallel.agree(flag) for flag in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrobust import losses, models, training
+from jrobust import losses, models, parallel, training
 from jrobust.attacks import FGSM, PGD, restarts
 from jrobust.models import Bound, Network
 from jrobust.threat import L2, Linf
@@ -584,13 +584,252 @@ def test_dropout_and_batch_norm_of_a_flax_model():
         )
 
     after, metrics = jax.jit(update)(state, batch)
-    logits, changed = apply(jax.random.fold_in(key, 0))
+    dropout = jax.random.fold_in(jax.random.fold_in(key, 0), batch.id[0])
+    logits, changed = apply(dropout)
     close(metrics["loss"], losses.cross_entropy(logits, batch.y).mean(), rtol=1e-4)
     close(after.extra, changed, rtol=1e-4)
     assert differ(after.extra, state.extra)
     # Dropout was on, under a key that other steps do not share.
     assert differ(logits, apply(jax.random.fold_in(jax.random.fold_in(state.key, 1), 0))[0])
     assert differ(logits, network.logits(state.params, state.extra, found))
+
+
+# Accumulation of gradients
+
+
+def sums_train(params, extra, key, x):
+    """Where it has been: the sum of all inputs seen, and of the last ones alone."""
+    total = x.sum(0)
+    return mlp(params, x), {"seen": extra["seen"] + total, "last": total}
+
+
+def sums_init(key, x):
+    return init_params(key, x), {"seen": jnp.zeros(D), "last": jnp.zeros(D)}
+
+
+SUMS = Network(sums_init, plain_logits, sums_train, nothing)
+
+
+def uneven(n=12, pieces=3):
+    """A batch of which piece 0 counts as a whole, piece 1 nowhere, the others in part."""
+    row = np.arange(n)
+    return full_batch(n)._replace(mask=jnp.array((row % pieces == 0) | (row % pieces * row > 12)))
+
+
+@every_objective
+def test_accumulated_gradients_are_those_of_the_whole_batch(name):
+    batch, results = uneven(), []
+    for pieces in (1, 3):
+        init, update = training.step(OBJECTIVES[name], optax.sgd(1.0), accumulate=pieces)
+        state = init(KEY, SUMS, batch.x)
+        after, metrics = jax.jit(update)(state, batch)
+        assert int(after.step) == 1
+        # The parameters moved by exactly the gradient.
+        grads = jax.tree.map(jnp.subtract, state.params, after.params)
+        results.append((grads, metrics, after.extra["seen"]))
+    assert [int(batch.mask[j::3].sum()) for j in range(3)] == [4, 0, 2]
+    close(*results, rtol=1e-4)
+    assert results[0][1]["gradient_norm"] > 0.05
+
+
+def test_statistics_go_through_the_pieces_in_order():
+    batch = full_batch(12)
+    init, update = training.step(Standard(), optax.sgd(0.1), accumulate=4)
+    state = init(KEY, NORMED, batch.x)
+    after, _ = jax.jit(update)(state, batch)
+    extra = state.extra
+    for j in range(4):
+        extra = normed_train(state.params, extra, KEY, batch.x[j::4])[1]
+    close(after.extra, extra)
+
+
+def test_accumulated_sums_are_kept_in_float32():
+    def init(key, x):
+        return {"w": jnp.zeros((D, C), jnp.bfloat16)}, {}
+
+    network = Network(
+        init, plain_logits, lambda params, extra, key, x: (x @ params["w"], extra), nothing
+    )
+    batch = full_batch(64)
+    init_, update = training.step(Standard(), optax.sgd(1.0), accumulate=32)
+    after, _ = jax.jit(update)(init_(KEY, network, batch.x), batch)
+    assert after.params["w"].dtype == jnp.bfloat16
+    error = jax.nn.one_hot(batch.y, C) - 1 / C
+    exact = np.asarray(batch.x, np.float64).T @ np.asarray(error, np.float64) / 64
+    np.testing.assert_allclose(after.params["w"].astype(jnp.float32), exact, rtol=0.01, atol=2e-4)
+
+
+def test_dropout_differs_between_pieces():
+    def train(params, extra, key, x):
+        drawn = jax.random.bits(key, (2,))
+        return mlp(params, x), {"draws": jnp.roll(extra["draws"], 1, 0).at[0].set(drawn)}
+
+    def draws_init(key, x):
+        return init_params(key, x), {"draws": jnp.zeros((3, 2), jnp.uint32)}
+
+    network = Network(draws_init, plain_logits, train, nothing)
+    init, update = training.step(Standard(), optax.sgd(0.1), accumulate=3)
+    state, _ = jax.jit(update)(init(KEY, network, full_batch().x), full_batch())
+    assert len(np.unique(state.extra["draws"], axis=0)) == 3
+
+
+def split_steps(backend, devices, pieces, norm):
+    """Two steps on images, rows of fillers only on two devices of eight."""
+    axis = parallel.AXIS if norm and devices > 1 and backend != "jit" else None
+    module = models.SmallCNN(widths=(4,), classes=C, hidden=8, norm=norm)
+    init, update = training.step(
+        Standard(), optax.sgd(0.2), average=training.EMA(0.5), accumulate=pieces
+    )
+    x = jax.random.uniform(jax.random.key(3), (32, 4, 4, 1))
+    batch = training.batch(x, jnp.arange(32) % C, mask=np.arange(32) % 13 < 9)
+    batch = batch._replace(mask=batch.mask & (np.arange(32) < 23))
+    state = init(KEY, models.network(module), x[:1])
+    state = dataclasses.replace(state, network=models.network(module.clone(axis_name=axis)))
+    run = parallel.data_parallel(
+        update, parallel.mesh(jax.devices()[:devices]), backend, in_axes=(None, 0), out_axes=None
+    )
+    for _ in range(2):
+        state, metrics = run(state, batch)
+    return jax.device_get((state.params, state.extra, state.weights, metrics))
+
+
+@pytest.mark.parametrize("backend", ["jit", "shard_map", "pmap"])
+def test_accumulation_over_devices_is_the_whole_batch(backend):
+    whole = split_steps("jit", 1, 1, norm=False)
+    close(split_steps(backend, 8, 2, norm=False), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend", ["shard_map", *(pytest.param(b, marks=pytest.mark.full) for b in ("jit", "pmap"))]
+)
+def test_accumulation_over_devices_keeps_batch_norm_in_step(backend):
+    """Pieces, normalised over all devices, are those that a single device makes."""
+    single = split_steps("jit", 1, 2, norm=True)
+    close(split_steps(backend, 8, 2, norm=True), single, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_takes_less_memory():
+    network = models.network(models.SmallCNN())
+    x = jnp.zeros((256, 8, 8, 1))
+    batch = training.batch(x, jnp.zeros(256, int))
+
+    def peak(pieces):
+        init, update = training.step(Standard(), optax.sgd(0.1), accumulate=pieces)
+        state = jax.eval_shape(init, KEY, network, x)
+        return jax.jit(update).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(4) < 0.5 * peak(1)
+
+
+def test_accumulation_is_traced_once():
+    init, update = training.step(OBJECTIVES["Adversarial"], optax.adam(1e-2), accumulate=3)
+    update = jax.jit(update, donate_argnums=0)
+    state, _ = update(init(KEY, NORMED, full_batch().x), full_batch())
+    TRACES.clear()
+    for seed in range(1, 4):
+        state, _ = update(state, full_batch(seed=seed))
+    assert TRACES == []
+    assert int(state.extra["passes"]) == 12
+
+
+# The guard
+
+
+def poisoned(n=B):
+    batch = full_batch(n)
+    return batch._replace(x=batch.x.at[3, 1].set(jnp.nan))
+
+
+def bits(state):
+    data = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(data)]
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_guard_stops_at_the_poisoned_update_with_the_state_before(pieces):
+    init, update = training.step(
+        Standard(), optax.adam(1e-2), average=training.EMA(0.5), accumulate=pieces
+    )
+    guard = jax.jit(training.guarded(update), donate_argnums=(0, 1))
+    plain = jax.jit(update)
+    batches = [full_batch(seed=1), full_batch(seed=2), poisoned(), full_batch(seed=3)]
+    state, alive = init(KEY, NORMED, full_batch().x), jnp.array(True)
+    expected = init(KEY, NORMED, full_batch().x)
+    history = []
+    for batch in batches:
+        history.append(jax.tree.map(jnp.copy, state))
+        if bool(alive) and jnp.all(jnp.isfinite(batch.x)):
+            expected, _ = plain(expected, batch)
+        (state, alive), metrics = guard(state, alive, batch)
+        assert alive.shape == ()
+        assert bool(jnp.isnan(metrics["loss"])) == (batch is batches[2])
+        if len(history) == 1:
+            TRACES.clear()
+    assert TRACES == []
+    assert not alive
+    assert int(state.step) == 2
+    before, after, end = map(bits, (*history[2:], state))
+    assert before == after, "step 3 left no trace"
+    assert after == end, "nor did step 4"
+    close(
+        (expected.params, expected.extra, expected.weights),
+        (state.params, state.extra, state.weights),
+    )
+
+
+def with_loss(term):
+    """The standard objective, and a term in the parameters."""
+
+    def objective(key, network, params, extra, batch):
+        value, aux = Standard()(key, network, params, extra, batch)
+        return value + term(params["b2"]), aux
+
+    return objective
+
+
+def overflow_train(params, extra, key, x):
+    return mlp(params, x), {"square": extra["square"] * 1e20}
+
+
+OVERFLOW = Network(
+    lambda key, x: (init_params(key, x), {"square": jnp.float32(1e20)}),
+    plain_logits,
+    overflow_train,
+    nothing,
+)
+# What is not finite: the loss alone, the gradient, the parameters alone, the statistics alone.
+LEAVING = {
+    "loss": (with_loss(lambda b: jax.lax.stop_gradient(b[0]) + jnp.inf), None, PLAIN, 0),
+    "gradient": (with_loss(lambda b: jnp.sqrt(0 * b.sum())), optax.zero_nans(), PLAIN, 0),
+    "params": (
+        Standard(),
+        optax.scale_by_schedule(lambda t: jnp.where(t < 1, 1.0, jnp.inf)),
+        PLAIN,
+        1,
+    ),
+    "extra": (Standard(), None, OVERFLOW, 0),
+}
+
+
+def finite(tree):
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("what", LEAVING)
+def test_guard_watches(what):
+    objective, extra_tx, network, steps = LEAVING[what]
+    tx = optax.chain(optax.sgd(0.1), extra_tx or optax.identity())
+    init, update = training.step(objective, tx)
+    state, alive = init(KEY, network, full_batch().x), jnp.array(True)
+    update, guard = jax.jit(update), jax.jit(training.guarded(update))
+    for t in range(3):
+        new, metrics = update(state, full_batch())
+        parts = {"loss": metrics["loss"], "gradient": metrics["gradient_norm"]}
+        parts |= {"params": new.params, "extra": new.extra}
+        left = [name for name, part in parts.items() if not finite(part)]
+        assert left == ([what] if t >= steps else [])
+        (state, alive), _ = guard(state, alive, full_batch())
+        assert (bool(alive), int(state.step)) == (t < steps, min(t + 1, steps))
 
 
 # Mistakes
@@ -614,6 +853,23 @@ def bad_setting(objective):
 MISTAKES = {
     "objective class": (lambda: training.step(Standard, optax.sgd(0.1)), TypeError, "Standard()"),
     "number for tx": (lambda: training.step(Standard(), 0.1), TypeError, "optax.adam"),
+    "no parts": (
+        lambda: training.step(Standard(), optax.sgd(0.1), accumulate=0),
+        ValueError,
+        "accumulate must be >= 1, got 0",
+    ),
+    "half parts": (
+        lambda: training.step(Standard(), optax.sgd(0.1), accumulate=1.5),
+        TypeError,
+        "accumulate must be an integer, got 1.5",
+    ),
+    "parts that do not divide": (
+        lambda: training.step(Standard(), optax.sgd(0.1), accumulate=4)[1](
+            training.step(Standard(), optax.sgd(0.1))[0](KEY, PLAIN, full_batch().x), full_batch()
+        ),
+        ValueError,
+        "a batch of 6 rows",
+    ),
     "raw key": (
         lambda: training.step(Standard(), optax.sgd(0.1))[0](
             jax.random.key_data(KEY), PLAIN, full_batch().x

@@ -1,9 +1,10 @@
-"""The pipelines: ``fit``, ``evaluate`` and ``certify``, each with ``.iter`` to watch it go."""
+"""The pipelines: ``fit``, ``evaluate`` and ``certify``, each with ``.iter`` and ``.warm_up``."""
 
 from jrobust.loops._certify import CertificationEvent, CertificationReport, certify
 from jrobust.loops._evaluate import EvaluationEvent, EvaluationReport, evaluate
 from jrobust.loops._fit import (
     CleanAccuracy,
+    Diverged,
     FitEvent,
     FitReport,
     NoisyAccuracy,
@@ -15,6 +16,7 @@ __all__ = [
     "CertificationEvent",
     "CertificationReport",
     "CleanAccuracy",
+    "Diverged",
     "EvaluationEvent",
     "EvaluationReport",
     "FitEvent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,21 +16,24 @@ from jax.sharding import Mesh
 from jrobust import _run, drive, parallel, smoothing
 from jrobust._algorithm import describe
 from jrobust.data import Dataset
+from jrobust.loops import _identity
+from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
-    Clock,
-    Files,
     check_count,
     check_data,
     lane_count,
+    loop,
     rows,
     surroundings,
-    with_iter,
 )
+from jrobust.loops._programs import Clock, Job, Program, compile_all, compile_within
+from jrobust.smoothing._votes import default_chunk
 from jrobust.statistics._binomial import check_probability
 
 _COUNTED = ("prediction", "radius", "p_lower", "selected", "count", "rejects", "n")
 _COLUMNS = ("id", "y", "correct", *_COUNTED)
+_STAGES = smoothing.Stages._fields
 _AXES = (None, None, 0, None, 0)  # key, model, x, noise, ids
 
 
@@ -44,7 +48,8 @@ class CertificationReport:
         y: (N,) true labels.
         id: (N,) example ids.
         configuration: noise, n0, n, alpha, seed and versions.
-        seconds: wall time spent in ``compile``, ``run`` and ``other``.
+        seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
+        resumed: batches that came from the directory of an interrupted or finished run.
     """
 
     certificate: smoothing.Certificate
@@ -54,6 +59,7 @@ class CertificationReport:
     id: np.ndarray
     configuration: dict[str, Any]
     seconds: dict[str, float]
+    resumed: int = 0
 
     def accuracy(self, radii: Any = 0.0) -> Any:
         """Certified accuracy at each of ``radii``."""
@@ -94,101 +100,163 @@ def _counter(samples: int, chunk: int | None) -> Callable[..., jax.Array]:
     return count
 
 
-def _iterate(
-    key: jax.Array,
-    logits_fn: Any,
-    data: Dataset,
-    noise: smoothing.Noise,
-    *,
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 0.001,
-    batch_size: int = 32,
-    chunk: int | None = None,
-    directory: Any = None,
-    mesh: Mesh | None = None,
-) -> Iterator[CertificationEvent]:
+class _Certification:
     """See :func:`certify`."""
-    if drive.is_host(logits_fn):
-        raise TypeError("certification compiles its votes: a Host model cannot be certified yet")
-    mesh = parallel.mesh() if mesh is None else mesh
-    check_data(data)
-    lanes, total = lane_count(batch_size, len(data), mesh), len(data)
-    for name, value in (("n0", n0), ("n", n), ("chunk", n if chunk is None else chunk)):
-        check_count(name, value)
-    check_probability("alpha", alpha)
-    if not callable(getattr(noise, "check", None)) or isinstance(noise, type):
-        raise TypeError(f"noise must be a noise such as smoothing.Gaussian(0.25), got {noise!r}")
-    noise.check()
-    stages = smoothing.stages(key)
-    classes = _run.count_classes(logits_fn, jnp.asarray(data.x[:1]))
-    _run.check_labels("y", data.y, classes)
-    reach = smoothing.ceiling(noise, n, alpha)
-    if reach <= 0:
-        raise ValueError(
-            f"n = {n} votes can never certify anything at alpha = {alpha}: even unanimous votes "
-            "leave a radius of zero; raise n"
+
+    def __init__(
+        self,
+        key: jax.Array,
+        logits_fn: Any,
+        data: Dataset,
+        noise: smoothing.Noise,
+        *,
+        n0: int = 100,
+        n: int = 10_000,
+        alpha: float = 0.001,
+        batch_size: int = 32,
+        chunk: int | None = None,
+        memory: int | None = None,
+        directory: Any = None,
+        resume: bool = True,
+        mesh: Mesh | None = None,
+    ) -> None:
+        if drive.is_host(logits_fn):
+            raise TypeError(
+                "certification compiles its votes: a Host model cannot be certified yet"
+            )
+        self._mesh = parallel.mesh() if mesh is None else mesh
+        check_data(data)
+        for name, value in (("n0", n0), ("n", n), ("chunk", n if chunk is None else chunk)):
+            check_count(name, value)
+        check_probability("alpha", alpha)
+        if not callable(getattr(noise, "check", None)) or isinstance(noise, type):
+            raise TypeError(
+                f"noise must be a noise such as smoothing.Gaussian(0.25), got {noise!r}"
+            )
+        noise.check()
+        self._key, self._data, self._n0, self._n, self._alpha = key, data, n0, n, alpha
+        self._stages = smoothing.stages(key)
+        self._classes = _run.count_classes(logits_fn, jnp.asarray(data.x[:1]))
+        _run.check_labels("y", data.y, self._classes)
+        self._reach = smoothing.ceiling(noise, n, alpha)
+        if self._reach <= 0:
+            raise ValueError(
+                f"n = {n} votes can never certify anything at alpha = {alpha}: even unanimous "
+                "votes leave a radius of zero; raise n"
+            )
+        self._described = describe(noise)
+        self._model, self._noise = _run.as_pytree(logits_fn), _run.strong(noise)
+        self._lanes = lane_count(batch_size, len(data), self._mesh)
+        self._directory, self._resume, self._memory = directory, resume, memory
+        if chunk is None and directory is not None and resume:
+            # The shape of an interrupted run's forward passes is part of what it is.
+            chunk = stored_configuration(directory).get("chunk")
+        self._planned = chunk is None
+        self._chunk = default_chunk(self._lanes // self._mesh.size, data.x.shape[1:])
+        self._chunk = min(n, self._chunk if chunk is None else chunk)
+        self._clock = Clock()
+        self._programs: dict[str, Program] | None = None
+
+    def _lane(self, index: np.ndarray) -> tuple[Any, ...]:
+        data = self._data
+        return self._model, jnp.asarray(data.x[index]), self._noise, jnp.asarray(data.id[index])
+
+    def _jobs(self, chunk: int) -> dict[str, Job]:
+        example = self._lane(np.resize(np.arange(len(self._data)), self._lanes))
+        return {
+            name: Job(_counter(samples, chunk), (key, *example), _AXES)
+            for name, key, samples in zip(_STAGES, self._stages, (self._n0, self._n))
+        }
+
+    def _compile(self) -> dict[str, Program]:
+        if self._programs is None and self._planned:
+            self._chunk, self._programs = compile_within(
+                self._jobs, self._chunk, 1, self._memory, self._mesh, self._clock
+            )
+        elif self._programs is None:
+            self._programs = compile_all(self._jobs(self._chunk), self._mesh, self._clock)
+        return self._programs
+
+    def warm_up(self) -> dict[str, float]:
+        return {name: program.seconds for name, program in self._compile().items()}
+
+    def _identity(self) -> dict[str, str]:
+        data = self._data
+        programs = "".join(
+            _identity.program(job.fn, *job.args) for job in self._jobs(self._chunk).values()
         )
-    clock, files = Clock(), Files(directory, _COLUMNS)
-    configuration = {
-        "noise": describe(noise),
-        "n0": n0,
-        "n": n,
-        "alpha": alpha,
-        "radius_ceiling": reach,
-        "batch_size": lanes,
-        "examples": total,
-        **surroundings(key, mesh),
-    }
-    files.json("configuration.json", configuration)
-    model, noise = _run.as_pytree(logits_fn), _run.strong(noise)
+        return {
+            "data_sha256": _identity.arrays(data.x, data.y, data.id),
+            "variables_sha256": _identity.arrays(self._model),
+            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
+        }
 
-    def lane(index: np.ndarray) -> tuple[Any, ...]:
-        return model, jnp.asarray(data.x[index]), noise, jnp.asarray(data.id[index])
+    def events(self) -> Iterator[CertificationEvent]:
+        data, noise, alpha, total = self._data, self._noise, self._alpha, len(self._data)
+        if self._planned:
+            self._compile()
+        configuration = {
+            "noise": self._described,
+            "n0": self._n0,
+            "n": self._n,
+            "alpha": alpha,
+            "radius_ceiling": self._reach,
+            "batch_size": self._lanes,
+            "chunk": self._chunk,
+            "examples": total,
+            **surroundings(self._key, self._mesh),
+        }
+        folder = Folder(
+            self._directory, configuration, self._identity, resume=self._resume, columns=_COLUMNS
+        )
 
-    example = (stages.select, *lane(np.resize(np.arange(total), lanes)))
-    select, estimate = (
-        clock.compiled(_counter(samples, chunk), *example, mesh=mesh, in_axes=_AXES)
-        for samples in (n0, n)
-    )
-    counts = np.zeros((2, total, classes + 1), np.int32)
-    done = certified = 0
-    for index, mask in rows(np.arange(total), lanes):
-        piece, batch = index[mask], lane(index)
-        counts[0, piece] = np.asarray(select(stages.select, *batch))[mask]
-        counts[1, piece] = np.asarray(estimate(stages.estimate, *batch))[mask]
-        part = smoothing.certify(counts[0, piece], counts[1, piece], noise, alpha)
-        correct = part.prediction == data.y[piece]
-        certified += int(np.sum(correct))
-        columns = {name: getattr(part, name) for name in _COUNTED}
-        columns.update(id=data.id[piece], y=data.y[piece], correct=correct)
-        files.examples(columns)
-        done += len(piece)
-        yield CertificationEvent(done, total, certified)
-    report = CertificationReport(
-        certificate=smoothing.certify(counts[0], counts[1], noise, alpha),
-        select_counts=counts[0],
-        estimate_counts=counts[1],
-        y=data.y,
-        id=data.id,
-        configuration=configuration,
-        seconds=clock.total(),
-    )
-    files.save("counts.npz", select=counts[0], estimate=counts[1], id=data.id, y=data.y)
-    files.json(
-        "report.json",
-        {
-            "certified_accuracy": float(report.accuracy(0.0)),
-            "average_radius": report.average_radius,
-            "statement": report.certificate.statement(),
-            "votes": report.votes,
-            "seconds": report.seconds,
-        },
-    )
-    yield CertificationEvent(total, total, certified, report)
+        def vote(index: np.ndarray, mask: np.ndarray) -> Arrays:
+            programs, batch = self._compile(), self._lane(index)
+            with self._clock.measure("run"):
+                return {
+                    name: parallel.fetch(programs[name](key, *batch))[mask]
+                    for name, key in zip(_STAGES, self._stages)
+                }
+
+        counts = np.zeros((2, total, self._classes + 1), np.int32)
+        done = certified = 0
+        for number, (index, mask) in enumerate(rows(np.arange(total), self._lanes)):
+            batch = folder.once(f"{number:06d}", functools.partial(vote, index, mask))
+            piece = index[mask]
+            counts[:, piece] = [batch[name] for name in _STAGES]
+            part = smoothing.certify(counts[0, piece], counts[1, piece], noise, alpha)
+            correct = part.prediction == data.y[piece]
+            certified += int(np.sum(correct))
+            columns = {name: getattr(part, name) for name in _COUNTED}
+            columns.update(id=data.id[piece], y=data.y[piece], correct=correct)
+            folder.examples(columns)
+            done += len(piece)
+            yield CertificationEvent(done, total, certified)
+        report = CertificationReport(
+            certificate=smoothing.certify(counts[0], counts[1], noise, alpha),
+            select_counts=counts[0],
+            estimate_counts=counts[1],
+            y=data.y,
+            id=data.id,
+            configuration=folder.configuration,
+            seconds=self._clock.total(),
+            resumed=folder.resumed,
+        )
+        folder.save("counts.npz", select=counts[0], estimate=counts[1], id=data.id, y=data.y)
+        folder.finish(
+            {
+                "certified_accuracy": float(report.accuracy(0.0)),
+                "average_radius": report.average_radius,
+                "statement": report.certificate.statement(),
+                "votes": report.votes,
+                "seconds": report.seconds,
+                "resumed": report.resumed,
+            }
+        )
+        yield CertificationEvent(total, total, certified, report)
 
 
-@with_iter(_iterate)
+@loop(_Certification)
 def certify(
     key: jax.Array,
     logits_fn: Any,
@@ -200,7 +268,9 @@ def certify(
     alpha: float = 0.001,
     batch_size: int = 32,
     chunk: int | None = None,
+    memory: int | None = None,
     directory: Any = None,
+    resume: bool = True,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> CertificationReport:
@@ -209,7 +279,11 @@ def certify(
     Votes are counted on the device, bounds computed from the integer counts on the host in
     float64. The counts of an example depend on the key and the example's id alone.
     ``certify.iter`` takes the same arguments but ``progress`` and yields a
-    :class:`CertificationEvent` after every batch.
+    :class:`CertificationEvent` after every batch; ``certify.warm_up`` only compiles.
+
+    A run with a directory may be killed at any moment: the same call goes on behind the last
+    finished batch, to the same counts. It is the same call if data, key, settings, variables and
+    the traced model are the same.
 
     Args:
         key: one typed key; selection and estimation draw from different stages of it.
@@ -220,29 +294,37 @@ def certify(
         n: fresh votes that bound its probability.
         alpha: probability that one example's certificate is false.
         batch_size: images in a batch; ``chunk`` noisy copies of each are classified at a time.
-        chunk: as in :func:`jrobust.smoothing.count_votes`.
+        chunk: as in :func:`jrobust.smoothing.count_votes`; by default what that takes, or fewer,
+            as many as ``memory`` holds.
+        memory: bytes to use on each device where ``chunk`` is None; by default 90% of what is free
+            there, on a CPU half.
         directory: where to write ``examples.csv`` (rows as they finish), ``counts.npz``,
             ``configuration.json`` and ``report.json``.
+        resume: go on with the run in the directory; otherwise start over.
         mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
         progress: show a bar.
 
     Raises:
-        TypeError, ValueError: before any compute, for settings and data that cannot be right.
+        TypeError, ValueError: before any compute, for settings and data that cannot be right; if
+            another run is in the directory.
     """
+    events = certify.iter(
+        key,
+        logits_fn,
+        data,
+        noise,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        batch_size=batch_size,
+        chunk=chunk,
+        memory=memory,
+        directory=directory,
+        resume=resume,
+        mesh=mesh,
+    )
     with Bar(progress, "image") as bar:
-        for event in _iterate(
-            key,
-            logits_fn,
-            data,
-            noise,
-            n0=n0,
-            n=n,
-            alpha=alpha,
-            batch_size=batch_size,
-            chunk=chunk,
-            directory=directory,
-            mesh=mesh,
-        ):
+        for event in events:
             share = event.certified / event.finished
             bar.update("certify", event.finished, event.total, certified=share)
     assert event.report is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,17 +19,18 @@ from jrobust._algorithm import describe
 from jrobust.attacks import Attack, AttackResult
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
+from jrobust.loops import _identity
+from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
-    Clock,
-    Files,
     check_data,
     check_shared,
     lane_count,
+    loop,
     rows,
     surroundings,
-    with_iter,
 )
+from jrobust.loops._programs import Clock, Job, Program, compile_all, compile_within
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -53,7 +55,8 @@ class EvaluationReport:
         near_ties: examples that an attack reported broken and the verifying forward pass of the
             same input, compiled as another program, did not. They count as robust.
         configuration: the effective configuration of everything that ran.
-        seconds: wall time spent in ``compile``, ``run`` and ``other``.
+        seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
+        resumed: batches that came from the directory of an interrupted or finished run.
     """
 
     examples: dict[str, np.ndarray]
@@ -64,6 +67,7 @@ class EvaluationReport:
     near_ties: int
     configuration: dict[str, Any]
     seconds: dict[str, float]
+    resumed: int = 0
 
     @property
     def clean_accuracy(self) -> float:
@@ -132,157 +136,246 @@ def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[st
     return named
 
 
-def _iterate(
-    key: jax.Array,
-    logits_fn: Any,
-    data: Dataset,
-    attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
-    *,
-    batch_size: int = 256,
-    directory: Any = None,
-    mesh: Mesh | None = None,
-) -> Iterator[EvaluationEvent]:
+class _Evaluation:
     """See :func:`evaluate`."""
-    named = _named(attacks)
-    mesh = parallel.mesh() if mesh is None else mesh
-    check_data(data)
-    lanes, total = lane_count(batch_size, len(data), mesh), len(data)
-    clock, host = Clock(), drive.is_host(logits_fn)
-    for attack in named.values():
-        check_shared(attack, data)
-        _run.check(attack, key, logits_fn, data.x, data.y, data.id)
-    files = Files(directory, _COLUMNS)
-    configuration = {
-        "attacks": {name: describe(attack) for name, attack in named.items()},
-        "batch_size": lanes,
-        "examples": total,
-        **surroundings(key, mesh),
-    }
-    files.json("configuration.json", configuration)
 
-    model = logits_fn if host else _run.as_pytree(logits_fn)
+    def __init__(
+        self,
+        key: jax.Array,
+        logits_fn: Any,
+        data: Dataset,
+        attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
+        *,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        directory: Any = None,
+        resume: bool = True,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._named = _named(attacks)
+        self._mesh = parallel.mesh() if mesh is None else mesh
+        check_data(data)
+        self._data, self._key = data, key
+        self._host, self._clock = drive.is_host(logits_fn), Clock()
+        for attack in self._named.values():
+            check_shared(attack, data)
+            _run.check(attack, key, logits_fn, data.x, data.y, data.id)
+        self._model = logits_fn if self._host else _run.as_pytree(logits_fn)
+        self._attacks = [_run.strong(attack) for attack in self._named.values()]
+        self._directory, self._resume, self._memory = directory, resume, memory
+        self._planned = batch_size is None and not self._host
+        if self._planned and directory is not None and resume:
+            # The lanes of an interrupted run are part of what it is.
+            batch_size = stored_configuration(directory).get("batch_size")
+            self._planned = batch_size is None
+        self._lanes = lane_count(batch_size, len(data), self._mesh)
+        self._programs: dict[str, Program] | None = None
 
-    def program(
-        fn: Callable[..., Any], *args: Any, in_axes: tuple[int | None, ...]
-    ) -> Callable[..., Any]:
-        return fn if host else clock.compiled(fn, *args, mesh=mesh, in_axes=in_axes)
+    def _lane(self, index: np.ndarray) -> tuple[jax.Array, ...]:
+        data = self._data
+        arrays = (data.x[index], data.y[index].astype(np.int32), data.id[index])
+        return tuple(jnp.asarray(a) for a in arrays)
 
-    def lane(index: np.ndarray, source: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        arrays = (source[index], data.y[index].astype(np.int32), data.id[index])
-        return tuple(jnp.asarray(a) for a in arrays)  # type: ignore[return-value]
+    def _jobs(self, lanes: int) -> dict[str, Job]:
+        example = self._lane(np.resize(np.arange(len(self._data)), lanes))
+        jobs = {"clean": Job(_predict, (self._model, example[0]), (None, 0))}
+        for number, (name, attack) in enumerate(zip(self._named, self._attacks)):
+            args = (attack, self._key, self._model, *example)
+            jobs[name] = Job(_attack(number), args, (None, None, None, 0, 0, 0))
+        return jobs
 
-    index = np.arange(total)
-    predict = program(_predict, model, lane(np.resize(index, lanes), data.x)[0], in_axes=(None, 0))
+    def _compile(self) -> dict[str, Program]:
+        if self._programs is None and self._planned:
+            self._lanes, self._programs = compile_within(
+                self._jobs, self._lanes, self._mesh.size, self._memory, self._mesh, self._clock
+            )
+        elif self._programs is None:
+            self._programs = compile_all(self._jobs(self._lanes), self._mesh, self._clock)
+        return self._programs
 
-    def verify(source: np.ndarray, index: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def warm_up(self) -> dict[str, float]:
+        if self._host:
+            return {}
+        return {name: program.seconds for name, program in self._compile().items()}
+
+    def _call(self, name: str, *args: Any) -> Any:
+        """Run a program on this batch, compiled when the first batch needs it."""
+        if self._host:
+            names = list(self._named)
+            run = _predict if name == "clean" else _attack(names.index(name))
+        else:
+            run = self._compile()[name]
+        with self._clock.measure("run"):
+            return parallel.fetch(run(*args))
+
+    def _classify(self, points: np.ndarray) -> np.ndarray:
+        """Predictions (n,) for any number of points."""
+        found = [np.zeros(0, np.int32)]
         # A black box is not asked about rows that only fill a batch.
-        for piece, mask in rows(index, lanes, fill=not host):
-            yield piece[mask], np.asarray(predict(model, lane(piece, source)[0]))[mask]
+        for piece, mask in rows(np.arange(len(points)), self._lanes, fill=not self._host):
+            found.append(self._call("clean", self._model, jnp.asarray(points[piece]))[mask])
+        return np.concatenate(found)
 
-    x = np.array(data.x)
-    zero = np.zeros(total, np.int32)
-    table: dict[str, np.ndarray] = {
-        "id": data.id, "y": data.y, "prediction": zero.copy(), "correct": zero > 0,
-        "robust": zero > 0, "broken_by": zero - 1, "adversarial_prediction": zero.copy(),
-        "step": zero - 1, "loss": np.full(total, np.nan, np.float32),
-        "distance": np.zeros(total, np.float32), "forwards": zero.copy(), "backwards": zero.copy(),
-    }  # fmt: skip
+    def _identity(self) -> dict[str, str]:
+        data = self._data
+        identity = {"data_sha256": _identity.arrays(data.x, data.y, data.id)}
+        if self._host:
+            return identity
+        jobs = self._jobs(self._lanes).values()
+        programs = "".join(_identity.program(job.fn, *job.args) for job in jobs)
+        return {
+            **identity,
+            "variables_sha256": _identity.arrays(self._model),
+            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
+        }
 
-    def record(done: np.ndarray) -> None:
-        files.examples({name: column[done] for name, column in table.items()})
+    def events(self) -> Iterator[EvaluationEvent]:
+        data, named, lanes = self._data, self._named, self._lanes
+        total = len(data)
+        if self._planned:
+            self._compile()
+            lanes = self._lanes
+        configuration = {
+            "attacks": {name: describe(attack) for name, attack in named.items()},
+            "batch_size": lanes,
+            "examples": total,
+            **surroundings(self._key, self._mesh),
+        }
+        folder = Folder(
+            self._directory, configuration, self._identity, resume=self._resume, columns=_COLUMNS
+        )
+        x = np.array(data.x)
+        zero = np.zeros(total, np.int32)
+        table: dict[str, np.ndarray] = {
+            "id": data.id, "y": data.y, "prediction": zero.copy(), "correct": zero > 0,
+            "robust": zero > 0, "broken_by": zero - 1, "adversarial_prediction": zero.copy(),
+            "step": zero - 1, "loss": np.full(total, np.nan, np.float32),
+            "distance": np.zeros(total, np.float32), "forwards": zero.copy(),
+            "backwards": zero.copy(),
+        }  # fmt: skip
 
-    done = 0
-    for piece, prediction in verify(data.x, index):
-        table["prediction"][piece] = table["adversarial_prediction"][piece] = prediction
-        table["correct"][piece] = table["robust"][piece] = prediction == data.y[piece]
-        record(piece[~table["correct"][piece]])
-        done += len(piece)
-        yield EvaluationEvent("clean", done, total, int(table["robust"].sum()))
-    standing = [int(table["robust"].sum())]
-    files.metrics(stage="clean", accuracy=standing[0] / total)
+        def record(done: np.ndarray) -> None:
+            folder.examples({name: column[done] for name, column in table.items()})
 
-    near_ties = 0
-    for number, (name, attack) in enumerate(named.items()):
-        attack = _run.strong(attack)
-        index = np.flatnonzero(table["robust"])
-        if len(index) > 0:
-            example = lane(np.resize(index, lanes), data.x)
-            search = program(
-                _attack(number), attack, key, model, *example, in_axes=(None, None, None, 0, 0, 0)
-            )
+        def change(name: str, piece: np.ndarray, compute: Callable[[], Arrays]) -> Arrays:
+            """The rows ``piece`` of the table as a batch leaves them, computed or read."""
+            batch = folder.once(name, compute)
+            for column in batch.keys() & table.keys():
+                table[column][piece] = batch[column]
+            return batch
+
+        def predict(piece: np.ndarray) -> Arrays:
+            prediction = self._classify(data.x[piece])
+            correct = prediction == data.y[piece]
+            return {
+                "prediction": prediction, "adversarial_prediction": prediction,
+                "correct": correct, "robust": correct,
+            }  # fmt: skip
+
         done = 0
-        for piece, mask in rows(index, lanes, fill=not host):
-            found = jax.tree.map(
-                lambda leaf, mask=mask: np.asarray(leaf)[mask],
-                search(attack, key, model, *lane(piece, data.x)),
-            )
-            piece = piece[mask]
-            for column in ("step", "loss", "distance"):
-                table[column][piece] = getattr(found, column)
-            for column in ("forwards", "backwards"):
-                table[column][piece] += getattr(found, column)
-            # The verdict is a forward pass of exactly the input that is kept.
-            claimed = piece[found.success]
-            x[claimed] = found.x[found.success]
-            for part, prediction in verify(x, claimed):
-                broken = prediction != data.y[part]
-                near_ties += int(np.sum(~broken))
-                x[part[~broken]] = data.x[part[~broken]]
-                table["step"][part[~broken]] = -1
-                part, prediction = part[broken], prediction[broken]
-                table["robust"][part] = False
-                table["broken_by"][part] = number
-                table["adversarial_prediction"][part] = prediction
-                record(part)
+        for number, (piece, _) in enumerate(rows(np.arange(total), lanes, fill=False)):
+            change(f"0-{number:06d}", piece, functools.partial(predict, piece))
+            record(piece[~table["correct"][piece]])
             done += len(piece)
-            yield EvaluationEvent(name, done, len(index), int(table["robust"].sum()))
-        standing.append(int(table["robust"].sum()))
-        files.metrics(stage=name, accuracy=standing[-1] / total)
-    record(np.flatnonzero(table["robust"]))
+            yield EvaluationEvent("clean", done, total, int(table["robust"].sum()))
+        standing = [int(table["robust"].sum())]
+        folder.metrics(stage="clean", accuracy=standing[0] / total)
 
-    report = EvaluationReport(
-        examples=table,
-        x=x,
-        attacks=tuple(named),
-        standing=np.array(standing),
-        non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
-        near_ties=near_ties,
-        configuration=configuration,
-        seconds=clock.total(),
-    )
-    files.save("adversarial.npz", x=x, id=data.id)
-    files.json(
-        "report.json",
-        {
-            "clean_accuracy": report.clean_accuracy,
-            "robust_accuracy": report.robust_accuracy,
-            "standing": dict(zip(["clean", *report.attacks], standing)),
-            "non_finite": report.non_finite,
-            "near_ties": report.near_ties,
-            "seconds": report.seconds,
-        },
-    )
-    yield EvaluationEvent("done", total, total, standing[-1], report)
+        def search(stage: int, piece: np.ndarray, fill: np.ndarray) -> Arrays:
+            """Attack the examples ``piece``; ``fill`` are the rows of the whole batch."""
+            name, attack = list(named)[stage], self._attacks[stage]
+            found = self._call(name, attack, self._key, self._model, *self._lane(fill))
+            found = jax.tree.map(lambda leaf: leaf[: len(piece)], found)
+            # The verdict is a forward pass of exactly the input that is kept.
+            claimed = np.flatnonzero(found.success)
+            prediction = table["adversarial_prediction"][piece]
+            prediction[claimed] = self._classify(found.x[claimed])
+            robust = prediction == data.y[piece]
+            return {
+                "loss": found.loss,
+                "distance": found.distance,
+                "step": np.where(robust, -1, found.step),
+                "forwards": table["forwards"][piece] + found.forwards,
+                "backwards": table["backwards"][piece] + found.backwards,
+                "adversarial_prediction": prediction,
+                "robust": robust,
+                "broken_by": np.where(robust, -1, stage).astype(np.int32),
+                "x": found.x[~robust],
+                "near_ties": np.sum(found.success & robust),
+            }
+
+        near_ties = 0
+        for stage, name in enumerate(named):
+            index, done = np.flatnonzero(table["robust"]), 0
+            for number, (fill, mask) in enumerate(rows(index, lanes, fill=not self._host)):
+                piece = fill[mask]
+                batch = change(
+                    f"{stage + 1}-{number:06d}",
+                    piece,
+                    functools.partial(search, stage, piece, fill),
+                )
+                broken = piece[~table["robust"][piece]]
+                x[broken] = batch["x"]
+                near_ties += int(batch["near_ties"])
+                record(broken)
+                done += len(piece)
+                yield EvaluationEvent(name, done, len(index), int(table["robust"].sum()))
+            standing.append(int(table["robust"].sum()))
+            folder.metrics(stage=name, accuracy=standing[-1] / total)
+        record(np.flatnonzero(table["robust"]))
+
+        report = EvaluationReport(
+            examples=table,
+            x=x,
+            attacks=tuple(named),
+            standing=np.array(standing),
+            non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
+            near_ties=near_ties,
+            configuration=folder.configuration,
+            seconds=self._clock.total(),
+            resumed=folder.resumed,
+        )
+        folder.save("adversarial.npz", x=x, id=data.id)
+        folder.finish(
+            {
+                "clean_accuracy": report.clean_accuracy,
+                "robust_accuracy": report.robust_accuracy,
+                "standing": dict(zip(["clean", *report.attacks], standing)),
+                "non_finite": report.non_finite,
+                "near_ties": report.near_ties,
+                "seconds": report.seconds,
+                "resumed": report.resumed,
+            }
+        )
+        yield EvaluationEvent("done", total, total, standing[-1], report)
 
 
-@with_iter(_iterate)
+@loop(_Evaluation)
 def evaluate(
     key: jax.Array,
     logits_fn: Any,
     data: Dataset,
     attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    memory: int | None = None,
     directory: Any = None,
+    resume: bool = True,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> EvaluationReport:
     """Clean accuracy, then attacks in order, each on the examples that still stand.
 
-    Every batch is padded to one lane shape and compiled once for each attack; a ``drive.Host`` is
-    asked about the examples alone. An example counts as broken after a separate float32 forward
-    pass of the very input that the attack returned. ``evaluate.iter`` takes the same arguments but
-    ``progress`` and yields an :class:`EvaluationEvent` after every batch.
+    Every batch is padded to one lane shape and compiled once for each attack, all attacks at the
+    same time; a ``drive.Host`` is asked about the examples alone. An example counts as broken after
+    a separate float32 forward pass of the very input that the attack returned. ``evaluate.iter``
+    takes the same arguments but ``progress`` and yields an :class:`EvaluationEvent` after every
+    batch; ``evaluate.warm_up`` only compiles.
+
+    A run with a directory may be killed at any moment: the same call goes on behind the last
+    finished batch, to the same report, bit for bit on the same number of devices, and returns the
+    report of a finished run at once. It is the same call if data, key, settings, variables and the
+    traced programs of model and attacks are the same; of a ``drive.Host`` nothing can be seen.
 
     Args:
         key: one typed key; an example's random numbers depend on it and on the example's id alone.
@@ -290,19 +383,33 @@ def evaluate(
         data: the examples.
         attacks: one attack, a list, or a dict from names to attacks.
         batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
-            whatever the order of examples and the number of devices.
+            whatever the order of examples and the number of devices. When None, 128 on each device
+            of a CPU and 512 on an accelerator, or fewer, as many as ``memory`` holds.
+        memory: bytes to use on each device where ``batch_size`` is None; by default 90% of what is
+            free there, on a CPU half.
         directory: where to write ``metrics.jsonl``, ``examples.csv`` (rows as examples finish),
             ``adversarial.npz``, ``configuration.json`` and ``report.json``; nowhere when None.
+        resume: go on with the run in the directory; otherwise start over.
         mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
         progress: show a bar.
 
     Raises:
-        TypeError, ValueError: before any compute, as :func:`jrobust.run` does.
+        TypeError, ValueError: before any compute, as :func:`jrobust.run` does; if another run is in
+            the directory.
     """
+    events = evaluate.iter(
+        key,
+        logits_fn,
+        data,
+        attacks,
+        batch_size=batch_size,
+        memory=memory,
+        directory=directory,
+        resume=resume,
+        mesh=mesh,
+    )
     with Bar(progress, "image") as bar:
-        for event in _iterate(
-            key, logits_fn, data, attacks, batch_size=batch_size, directory=directory, mesh=mesh
-        ):
+        for event in events:
             if event.report is None:
                 share = event.standing / len(data)
                 bar.update(event.attack, event.finished, event.total, accuracy=share)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,23 +22,37 @@ from jrobust import keys as _keys
 from jrobust._algorithm import algorithm, describe
 from jrobust.attacks import Attack
 from jrobust.attacks._base import forward, succeeds
+from jrobust.checkpoint import Checkpoints
 from jrobust.data import Dataset
+from jrobust.loops import _identity
+from jrobust.loops._folder import Folder
 from jrobust.loops._lanes import (
     Bar,
-    Clock,
-    Files,
     check_count,
     check_data,
     check_shared,
     lane_count,
+    loop,
     rows,
     surroundings,
-    with_iter,
 )
+from jrobust.loops._programs import Clock, Job, compile_all
 from jrobust.models import Bound, Network
-from jrobust.training import Batch, Objective, State, step
+from jrobust.training import (
+    SWA,
+    Averaging,
+    Batch,
+    Objective,
+    State,
+    guarded,
+    step,
+    update_statistics,
+)
 
 Array = jax.Array
+
+# Seconds between checkpoints, and after how many updates to look at the clock.
+_PATIENCE, _LOOK = 30.0, 50
 
 # A metric over held-out examples: validate(key, logits_fn, x, y, ids) -> (B,) values to average.
 Validate = Callable[[Array, Any, Array, Array, Array], Array]
@@ -103,24 +122,29 @@ class FitEvent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FitReport:
-    """A finished training run.
+    """A training run.
 
     Attributes:
-        state: after the last epoch.
-        best: ``(params, extra)`` of the epoch with the highest validation metric (the earliest of
-            equals); of the last epoch when there was no validation.
-        best_epoch: that epoch, from 1.
+        state: after the last update.
+        last: ``(params, extra)`` to use after the last epoch: the averaged weights where the run
+            averages, with their own batch-norm statistics.
+        best: the same of the epoch with the highest validation metric (the earliest of equals); of
+            the last epoch when there was no validation.
+        best_epoch: that epoch, from 1; 0 if none was finished.
         history: one dict for each epoch: means of the objective's metrics, ``validation``.
         configuration: the effective configuration.
-        seconds: wall time spent in ``compile``, ``run`` and ``other``.
+        seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
+        resumed: updates that an interrupted or finished run in the directory had made already.
     """
 
     state: State
+    last: tuple[Any, Any]
     best: tuple[Any, Any]
     best_epoch: int
     history: list[dict[str, float]]
     configuration: dict[str, Any]
     seconds: dict[str, float]
+    resumed: int = 0
 
     @property
     def model(self) -> Bound:
@@ -130,7 +154,19 @@ class FitReport:
     @property
     def last_model(self) -> Bound:
         """The last weights as a ``logits_fn``."""
-        return self.state.network.bind(self.state.params, self.state.extra)
+        return self.state.network.bind(*self.last)
+
+
+class Diverged(FloatingPointError):
+    """Training left the finite numbers.
+
+    Attributes:
+        report: of the run up to the last good update; ``report.state`` is the state after it.
+    """
+
+    def __init__(self, message: str, report: FitReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def _order(key: Array, epoch: int, total: int) -> np.ndarray:
@@ -184,114 +220,285 @@ def _check(
             use.check(data.x, data.y, classes)
 
 
-def _iterate(
-    key: Array,
-    network: Network,
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    train: Dataset,
-    *,
-    epochs: int,
-    batch_size: int = 128,
-    validation: Dataset | None = None,
-    validate: Validate | None = None,
-    directory: Any = None,
-    mesh: Mesh | None = None,
-) -> Iterator[FitEvent]:
+class _Fit:
     """See :func:`fit`."""
-    init, update = step(objective, tx)
-    _check(key, network, objective, train, epochs, validation, validate)
-    validate = CleanAccuracy() if validate is None else validate
-    mesh = parallel.mesh() if mesh is None else mesh
-    lanes = lane_count(batch_size, len(train), mesh)
-    clock, files = Clock(), Files(directory)
-    with clock.measure("compile"):
-        state = init(key, network, jnp.asarray(train.x[:1]))
 
-    def batch(index: np.ndarray, mask: np.ndarray) -> Batch:
+    def __init__(
+        self,
+        key: Array,
+        network: Network,
+        objective: Objective,
+        tx: optax.GradientTransformation,
+        train: Dataset,
+        *,
+        epochs: int,
+        batch_size: int = 128,
+        accumulate: int = 1,
+        average: Averaging | None = None,
+        validation: Dataset | None = None,
+        validate: Validate | None = None,
+        save_every: int | None = None,
+        directory: Any = None,
+        resume: bool = True,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._init, update = step(objective, tx, average=average, accumulate=accumulate)
+        self._update = guarded(update)
+        _check(key, network, objective, train, epochs, validation, validate)
+        if save_every is not None:
+            check_count("save_every", save_every)
+            if directory is None:
+                raise ValueError("save_every= writes checkpoints: pass directory= too")
+        self._mesh = parallel.mesh() if mesh is None else mesh
+        self._lanes = lane_count(batch_size, len(train), self._mesh)
+        self._key, self._network, self._epochs = key, network, epochs
+        self._train, self._validation = train, validation
+        self._validate: Validate = CleanAccuracy() if validate is None else validate
+        self._average, self._save_every = average, save_every
+        self._directory, self._resume, self._clock = directory, resume, Clock()
+        self._held = jax.random.fold_in(key, 2)
+        self._configuration = {
+            "objective": describe(objective),
+            "epochs": epochs,
+            "batch_size": self._lanes,
+            "accumulate": accumulate,
+            "average": describe(average),
+            "examples": len(train),
+            "validate": None if validation is None else describe(self._validate),
+            **surroundings(key, self._mesh),
+        }
+
+    def _batch(self, index: np.ndarray, mask: np.ndarray) -> Batch:
+        train = self._train
         y = train.y[index].astype(np.int32)
-        arrays = (train.x[index], y, train.id[index], mask)
-        return Batch(*(jnp.asarray(a) for a in arrays))
+        return Batch(*map(jnp.asarray, (train.x[index], y, train.id[index], mask)))
 
-    def lane(data: Dataset, index: np.ndarray) -> tuple[Array, Array, Array]:
+    def _lane(self, data: Dataset, index: np.ndarray) -> tuple[Array, ...]:
         arrays = (data.x[index], data.y[index].astype(np.int32), data.id[index])
-        return tuple(jnp.asarray(a) for a in arrays)  # type: ignore[return-value]
+        return tuple(map(jnp.asarray, arrays))
 
-    first = np.resize(np.arange(len(train)), lanes)
-    train_step = clock.compiled(
-        update,
-        state,
-        batch(first, first >= 0),
-        mesh=mesh,
-        backend="jit",
-        in_axes=(None, 0),
-        out_axes=None,
-        donate_argnums=0,
-    )
-    score = None
-    if validation is not None:
-        width = lane_count(batch_size, len(validation), mesh)
-        example = lane(validation, np.resize(np.arange(len(validation)), width))
-        held = jax.random.fold_in(key, 2)
-        model = network.bind(state.params, state.extra)
-        out = jax.eval_shape(validate, held, model, *example)
-        if getattr(out, "shape", None) != (width,):
+    @functools.cached_property
+    def _state(self) -> State:
+        """Before the first update, on every device."""
+        with self._clock.measure("compile"):
+            state = self._init(self._key, self._network, jnp.asarray(self._train.x[:1]))
+            return parallel.replicate(state, self._mesh)
+
+    @functools.cached_property
+    def _jobs(self) -> dict[str, Job]:
+        index = np.resize(np.arange(len(self._train)), self._lanes)
+        jobs = {
+            "update": Job(
+                self._update,
+                (self._state, jnp.asarray(True), self._batch(index, index >= 0)),
+                in_axes=(None, None, 0),
+                out_axes=None,
+                backend="jit",
+                donate_argnums=(0,),
+            )
+        }
+        if self._validation is not None:
+            index = np.resize(np.arange(len(self._validation)), self._width)
+            model = self._network.bind(*self._state.weights)
+            args = (self._held, model, *self._lane(self._validation, index))
+            out = jax.eval_shape(self._validate, *args)
+            if getattr(out, "shape", None) != (self._width,):
+                raise ValueError(
+                    f"validate must return one value for each of {self._width} examples, got {out}"
+                )
+            jobs["validate"] = Job(
+                lambda *args: self._validate(*args), args, in_axes=(None, None, 0, 0, 0)
+            )
+        return jobs
+
+    def warm_up(self) -> dict[str, float]:
+        programs = compile_all(self._jobs, self._mesh, self._clock)
+        return {name: program.seconds for name, program in programs.items()}
+
+    def _identity(self) -> dict[str, str]:
+        sets = [(data.x, data.y, data.id) for data in (self._train, self._validation) if data]
+        programs = "".join(_identity.program(job.fn, *job.args) for job in self._jobs.values())
+        return {
+            "data_sha256": _identity.arrays(sets),
+            "variables_sha256": _identity.arrays(self._state),
+            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
+        }
+
+    def events(self) -> Iterator[FitEvent]:
+        folder = Folder(self._directory, self._configuration, self._identity, resume=self._resume)
+        with contextlib.ExitStack() as stack:
+            checkpoints = None
+            if folder.directory is not None:
+                checkpoints = stack.enter_context(Checkpoints(folder.directory / "checkpoints"))
+            yield from self._run(folder, checkpoints)
+
+    def _run(self, folder: Folder, checkpoints: Checkpoints | None) -> Iterator[FitEvent]:
+        jobs, clock, total = self._jobs, self._clock, len(self._train)
+        # Copied, because the first update takes the buffers of the state.
+        best = jax.tree.map(jnp.copy, self._state.weights)
+        run = _Progress(self._state, jnp.asarray(True), best)
+        if checkpoints is not None and checkpoints.latest is not None:
+            (run.state, run.best), about = checkpoints.load((run.state, run.best))
+            run.account = _Account(**about)
+        account, resumed = run.account, run.account.updates
+        if account.epoch > self._epochs:
             raise ValueError(
-                f"validate must return one value for each of {width} examples, got {out}"
+                f"{folder.directory} holds a run of {account.epoch} epochs, more than the "
+                f"{self._epochs} that are asked for; start over with resume=False"
             )
-        score = clock.compiled(
-            lambda *args: validate(*args),
-            held,
-            model,
-            *example,
-            mesh=mesh,
-            in_axes=(None, None, 0, 0, 0),
-        )
 
-    configuration = {
-        "objective": describe(objective),
-        "epochs": epochs,
-        "batch_size": lanes,
-        "examples": len(train),
-        "validate": describe(validate) if validation is not None else None,
-        **surroundings(key, mesh),
-    }
-    files.json("configuration.json", configuration)
-    history: list[dict[str, float]] = []
-    best, best_epoch, best_score = (None, None), 0, -np.inf
-    for epoch in range(1, epochs + 1):
-        totals: dict[str, float] = {}
-        for index, mask in rows(_order(key, epoch, len(train)), lanes):
-            state, metrics = train_step(state, batch(index, mask))
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * int(mask.sum())
-        means = {name: value / len(train) for name, value in totals.items()}
-        if score is not None and validation is not None:
-            model = network.bind(state.params, state.extra)
-            held = jax.random.fold_in(key, 2)
-            hits = [
-                np.asarray(score(held, model, *lane(validation, index)))[mask]
-                for index, mask in rows(np.arange(len(validation)), width)
-            ]
-            means["validation"] = float(np.mean(np.concatenate(hits)))
-        if not all(np.isfinite(value) for value in means.values()):
-            raise FloatingPointError(
-                f"training left the finite numbers in epoch {epoch}: {means}; lower the learning "
-                "rate or clip gradients (optax.clip_by_global_norm)"
+        saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved
+            if checkpoints is not None and checkpoints.latest != account.updates:
+                about = dataclasses.asdict(account)
+                checkpoints.save(account.updates, (run.state, run.best), about)
+                saved = time.monotonic()
+
+        def due(updates: int) -> bool:
+            """Whether to save inside an epoch, once this many updates have been made."""
+            if checkpoints is None or updates % (self._save_every or _LOOK):
+                return False
+            return self._save_every is not None or late()
+
+        def late() -> bool:
+            return parallel.agree(time.monotonic() - saved > _PATIENCE)
+
+        def report(last: Any) -> FitReport:
+            state, last, best = parallel.local((run.state, last, run.best))
+            return FitReport(
+                state=state,
+                last=last,
+                best=best,
+                best_epoch=account.best_epoch,
+                history=list(account.history),
+                configuration=folder.configuration,
+                seconds=clock.total(),
+                resumed=resumed,
             )
-        if score is None or means["validation"] > best_score:
-            best_score, best_epoch = means.get("validation", -np.inf), epoch
-            # The next step donates the state's buffers.
-            best = jax.tree.map(jnp.copy, (state.params, state.extra))
-        history.append(means)
-        files.metrics(epoch=epoch, **means)
-        report = None
-        if epoch == epochs:
-            report = FitReport(state, best, best_epoch, history, configuration, clock.total())
-        yield FitEvent(epoch, means, state, report)
+
+        def check(what: str | None) -> None:
+            if what is not None:
+                save()
+                raise Diverged(
+                    f"training left the finite numbers: {what}. The last good state is in the "
+                    "report of this error, and in the checkpoints of the directory if there is "
+                    "one; lower the learning rate or clip gradients (optax.clip_by_global_norm)",
+                    report(run.state.weights),
+                )
+
+        for epoch, means in enumerate(account.history, 1):
+            folder.metrics(epoch=epoch, **means)
+        if account.epoch == self._epochs:
+            last = self._weights(run.state)
+            yield FitEvent(self._epochs, account.history[-1], run.state, report(last))
+            return
+        programs = compile_all(jobs, self._mesh, clock)
+        while account.epoch < self._epochs:
+            pieces = list(rows(_order(self._key, account.epoch + 1, total), self._lanes))
+            for index, mask in pieces[account.position :]:
+                with clock.measure("run"):
+                    run.update(programs["update"], self._batch(index, mask), int(mask.sum()))
+                    # One update behind, so that the device need not wait for the host.
+                    check(run.collect(keep=1))
+                    if account.position + 1 < len(pieces) and due(account.updates + 1):
+                        check(run.collect())
+                        save()
+            with clock.measure("run"):
+                check(run.collect())
+                means = {name: value / total for name, value in account.totals.items()}
+                # Copied, because the next update takes the state's buffers.
+                last = jax.tree.map(jnp.copy, self._weights(run.state))
+                if self._validation is not None:
+                    means["validation"] = self._score(programs["validate"], last)
+                    if not math.isfinite(means["validation"]):
+                        check(f"validation in epoch {account.epoch + 1} gave {means}")
+            score = means.get("validation", math.inf)
+            if self._validation is None or not account.best_epoch or score > account.best_score:
+                account.best_score, account.best_epoch = score, account.epoch + 1
+                run.best = last
+            account.end_epoch(means)
+            if account.epoch == self._epochs or self._save_every or late():
+                save()
+            folder.metrics(epoch=account.epoch, **means)
+            finished = report(last) if account.epoch == self._epochs else None
+            yield FitEvent(account.epoch, means, run.state, finished)
+
+    def _weights(self, state: State) -> tuple[Any, Any]:
+        """What is validated and returned."""
+        if not isinstance(self._average, SWA):
+            return state.weights
+        params, extra = parallel.local(state.weights)
+        pieces = rows(np.arange(len(self._train)), self._lanes)
+        full = [index for index, mask in pieces if mask.all()] or [np.arange(len(self._train))]
+        batches = (jnp.asarray(self._train.x[index]) for index in full)
+        extra = update_statistics(self._network, params, extra, self._held, batches)
+        return parallel.replicate((params, extra), self._mesh)
+
+    @property
+    def _width(self) -> int:
+        assert self._validation is not None
+        return lane_count(self._lanes, len(self._validation), self._mesh)
+
+    def _score(self, program: Any, weights: tuple[Any, Any]) -> float:
+        data = self._validation
+        assert data is not None
+        model = self._network.bind(*weights)
+        hits = [
+            parallel.fetch(program(self._held, model, *self._lane(data, index)))[mask]
+            for index, mask in rows(np.arange(len(data)), self._width)
+        ]
+        return float(np.mean(np.concatenate(hits)))
 
 
-@with_iter(_iterate)
+@dataclasses.dataclass
+class _Account:
+    """How far a run is, as plain numbers."""
+
+    updates: int = 0  # made in all
+    epoch: int = 0  # finished
+    position: int = 0  # updates made in the epoch after that
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)  # of its metrics
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float = 0.0
+
+    def end_epoch(self, means: dict[str, float]) -> None:
+        self.history.append(means)
+        self.epoch, self.position, self.totals = self.epoch + 1, 0, {}
+
+
+@dataclasses.dataclass
+class _Progress:
+    """A run on its way: arrays, numbers, and updates whose metrics are still on the device."""
+
+    state: State
+    alive: Array
+    best: tuple[Any, Any]
+    account: _Account = dataclasses.field(default_factory=_Account)
+    pending: list[tuple[Any, Array, int]] = dataclasses.field(default_factory=list)
+
+    def update(self, program: Any, batch: Batch, weight: int) -> None:
+        (self.state, self.alive), metrics = program(self.state, self.alive, batch)
+        self.pending.append((metrics, self.alive, weight))
+
+    def collect(self, keep: int = 0) -> str | None:
+        """Fetch the metrics of all but the last ``keep`` updates; what went wrong, if it did."""
+        account = self.account
+        while len(self.pending) > keep:
+            metrics, alive, weight = self.pending.pop(0)
+            values = {name: float(value) for name, value in metrics.items()}
+            if not bool(alive):
+                return f"update {account.updates + 1} (epoch {account.epoch + 1}) gave {values}"
+            account.updates += 1
+            account.position += 1
+            for name, value in values.items():
+                account.totals[name] = account.totals.get(name, 0.0) + value * weight
+        return None
+
+
+@loop(_Fit)
 def fit(
     key: Array,
     network: Network,
@@ -301,9 +508,13 @@ def fit(
     *,
     epochs: int,
     batch_size: int = 128,
+    accumulate: int = 1,
+    average: Averaging | None = None,
     validation: Dataset | None = None,
     validate: Validate | None = None,
+    save_every: int | None = None,
     directory: Any = None,
+    resume: bool = True,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> FitReport:
@@ -313,7 +524,12 @@ def fit(
     last batch is padded to the one compiled shape with examples from the front of the epoch, which
     do not count in the loss (a batch-norm layer does see them). ``fit.iter`` takes the same
     arguments but ``progress`` and yields a :class:`FitEvent` after every epoch; its ``state`` is
-    donated to the next step, so copy what you keep.
+    donated to the next step, so copy what you keep. ``fit.warm_up`` only compiles.
+
+    A run with a directory may be killed at any moment: the same call goes on behind the last
+    checkpoint, to the same parameters and metrics, bit for bit on the same number of devices. It
+    is the same call if data, key, settings, initial variables and the traced programs (network,
+    objective, optimiser) are the same; ``epochs`` may grow.
 
     Args:
         key: one typed key: initialisation, order, noise and validation all follow from it.
@@ -323,33 +539,46 @@ def fit(
         train: training examples, float32.
         epochs: passes over ``train``.
         batch_size: examples in a step.
+        accumulate: parts into which a batch is cut to save memory; see ``training.step``.
+        average: weight averaging, ``training.EMA()`` or ``training.SWA(...)``: the averaged weights
+            are validated and returned.
         validation: held-out examples with ids of their own; the best epoch is chosen on them.
         validate: metric of the validation examples, higher is better: :class:`CleanAccuracy` when
             None, :class:`RobustAccuracy`, :class:`NoisyAccuracy`, or any function
             ``(key, logits_fn, x, y, ids) -> (B,)``.
-        directory: where to write ``metrics.jsonl`` and ``configuration.json``.
+        save_every: updates between checkpoints, which are written at the end of an epoch too. When
+            None, one every half minute or so, and at the end.
+        directory: where to write ``metrics.jsonl``, ``configuration.json`` and ``checkpoints/``.
+        resume: go on with the run in the directory; otherwise start over.
         mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
             Batch-norm sees the whole batch, however many devices share it.
         progress: show a bar.
 
     Raises:
-        TypeError, ValueError: before any compute, for settings and data that cannot be right.
-        FloatingPointError: when an epoch's metrics are not finite.
+        TypeError, ValueError: before any compute, for settings and data that cannot be right; if
+            another run is in the directory.
+        Diverged: at the first update that gives a non-finite loss, gradient or parameter. It is
+            not made; the error's ``report`` and the directory hold the state before it.
     """
+    events = fit.iter(
+        key,
+        network,
+        objective,
+        tx,
+        train,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        average=average,
+        validation=validation,
+        validate=validate,
+        save_every=save_every,
+        directory=directory,
+        resume=resume,
+        mesh=mesh,
+    )
     with Bar(progress, "epoch") as bar:
-        for event in _iterate(
-            key,
-            network,
-            objective,
-            tx,
-            train,
-            epochs=epochs,
-            batch_size=batch_size,
-            validation=validation,
-            validate=validate,
-            directory=directory,
-            mesh=mesh,
-        ):
+        for event in events:
             bar.update(type(objective).__name__, event.epoch, epochs, **event.metrics)
     assert event.report is not None
     return event.report

@@ -1,21 +1,15 @@
-"""What the loops share: one compiled lane shape, compile time apart, progress, files."""
+"""What the loops share: one lane shape, checks of data, progress."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import functools
-import json
-import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jrobust import drive, parallel
+from jrobust import parallel
 from jrobust.data import Dataset
 
 P = ParamSpec("P")
@@ -26,39 +20,47 @@ E_co = TypeVar("E_co", covariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
 
+class Prepared(Protocol[E_co]):
+    """A run whose arguments have been checked."""
+
+    def warm_up(self) -> dict[str, float]:
+        """Compile everything."""
+
+    def events(self) -> Iterator[E_co]:
+        """Run, an event at a time."""
+
+
 class Loop(Protocol[P, R_co, Q, E_co]):
-    """A function that returns a report, with the generator behind it."""
+    """A pipeline: a function that returns a report, and two other ways to use it."""
 
     @property
     def iter(self) -> Callable[Q, Iterator[E_co]]:
-        """The same as a generator of events; takes no ``progress``."""
+        """The same as an iterator of events; takes no ``progress``."""
+
+    @property
+    def warm_up(self) -> Callable[Q, dict[str, float]]:
+        """Compile what a run with these arguments needs, ahead of time: seconds by program.
+
+        The programs stay in JAX's persistent cache, so that the run, in this process or another,
+        starts at once. Takes the arguments of ``iter``; runs nothing, writes nothing.
+        """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run to the end."""
 
 
-def with_iter(
-    iterate: Callable[Q, Iterator[Event]],
+def loop(
+    prepare: Callable[Q, Prepared[Event]],
 ) -> Callable[[Callable[P, Report]], Loop[P, Report, Q, Event]]:
-    """Decorator: ``run.iter`` is ``iterate``."""
+    """Decorator: the pipeline whose events and programs are those of ``prepare``."""
 
     def decorate(run: Callable[P, Report]) -> Loop[P, Report, Q, Event]:
-        run.iter = iterate  # type: ignore[attr-defined]
-        return cast(Loop[P, Report, Q, Event], run)
+        made: Any = run
+        made.iter = lambda *args, **kwargs: prepare(*args, **kwargs).events()
+        made.warm_up = lambda *args, **kwargs: prepare(*args, **kwargs).warm_up()
+        return made
 
     return decorate
-
-
-# Kept, so that a second call of a loop finds the programs of the first.
-@functools.lru_cache(maxsize=64)
-def _program(
-    fn: Callable[..., Any],
-    mesh: Mesh,
-    backend: parallel.Backend,
-    in_axes: tuple[int | None, ...],
-    **options: Any,
-) -> parallel.DataParallel:
-    return parallel.data_parallel(drive.rewrite(fn), mesh, backend, in_axes=in_axes, **options)
 
 
 def surroundings(key: jax.Array, mesh: Mesh) -> dict[str, Any]:
@@ -69,52 +71,6 @@ def surroundings(key: jax.Array, mesh: Mesh) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "jax": jax.__version__,
     }
-
-
-class Clock:
-    """Where the wall time of a loop goes: ``compile``, ``run`` and ``other`` seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = {"compile": 0.0, "run": 0.0}
-        self._begin = time.perf_counter()
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to ``name``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - begin
-
-    def total(self) -> dict[str, float]:
-        """Seconds by name; ``other`` is what was spent outside of programs and compilers."""
-        spent = sum(self.seconds.values())
-        return {**self.seconds, "other": max(0.0, time.perf_counter() - self._begin - spent)}
-
-    def compiled(
-        self,
-        fn: Callable[..., Any],
-        *args: Any,
-        mesh: Mesh,
-        in_axes: Sequence[int | None],
-        backend: parallel.Backend = "shard_map",
-        **options: Any,
-    ) -> Callable[..., Any]:
-        """``fn`` compiled ahead of time for arguments like ``args``; calls count as ``run``.
-
-        On one device the back end makes no difference; the options are those of
-        :func:`jrobust.parallel.data_parallel`.
-        """
-        with self.measure("compile"):
-            backend = "jit" if mesh.size == 1 else backend
-            program = _program(fn, mesh, backend, tuple(in_axes), **options).compile(*args)
-
-        def call(*args: Any) -> Any:
-            with self.measure("run"):
-                return jax.block_until_ready(program(*args))
-
-        return call
 
 
 def rows(
@@ -132,55 +88,11 @@ def rows(
         yield piece, np.arange(len(piece)) < len(index) - begin
 
 
-class Files:
-    """A run's directory: ``metrics.jsonl`` and a table of examples, written as they finish.
-
-    Args:
-        directory: created if missing, files of an earlier run in it overwritten; nothing is
-            written when None.
-        columns: header of the table ``examples.csv``; no table when empty.
-    """
-
-    def __init__(self, directory: Any, columns: Sequence[str] = ()) -> None:
-        self.directory = None if directory is None else pathlib.Path(directory)
-        self._columns = list(columns)
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "metrics.jsonl").write_text("")
-            if self._columns:
-                with open(self.directory / "examples.csv", "w", newline="") as file:
-                    csv.writer(file).writerow(self._columns)
-
-    def metrics(self, **values: Any) -> None:
-        """Append one line of JSON to ``metrics.jsonl``."""
-        if self.directory is not None:
-            with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values, default=float) + "\n")
-
-    def examples(self, columns: dict[str, np.ndarray]) -> None:
-        """Append rows to ``examples.csv``: one array (n,) for each of its columns."""
-        if self.directory is not None:
-            with open(self.directory / "examples.csv", "a", newline="") as file:
-                lists = [columns[name].tolist() for name in self._columns]
-                csv.writer(file).writerows(zip(*lists))
-
-    def save(self, name: str, **arrays: np.ndarray) -> None:
-        """Write a compressed ``.npz``."""
-        if self.directory is not None:
-            np.savez_compressed(self.directory / name, **arrays)  # type: ignore[arg-type]
-
-    def json(self, name: str, value: Any) -> None:
-        """Write a JSON file."""
-        if self.directory is not None:
-            text = json.dumps(value, indent=2, default=float)
-            (self.directory / name).write_text(text + "\n")
-
-
 class Bar:
     """A progress bar for each stage of a loop, or nothing. A context manager."""
 
     def __init__(self, show: bool, unit: str) -> None:
-        self._show, self._unit = show, unit
+        self._show, self._unit = show and parallel.is_main(), unit
         self._stage: str | None = None
         self._bar: Any = None
 
@@ -246,10 +158,20 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
-def lane_count(batch_size: int, total: int, mesh: Mesh) -> int:
-    """``batch_size``, at most the number of examples, up to a multiple of the mesh's devices.
+# Rows in a forward pass of one device, where nothing else is asked for.
+_LANES = {"cpu": 128}
+_LANES_OF_AN_ACCELERATOR = 512
+
+
+def lane_count(batch_size: int | None, total: int, mesh: Mesh) -> int:
+    """Lanes over all devices: ``batch_size``, at most ``total``, up to a multiple of the devices.
+
+    When None, what suits the kind of device, with the examples spread evenly over the batches.
 
     Raises ``ValueError`` where ``batch_size`` is not positive.
     """
+    if batch_size is None:
+        most = _LANES.get(jax.default_backend(), _LANES_OF_AN_ACCELERATOR) * mesh.size
+        batch_size = -(-total // -(-total // most))
     check_count("batch_size", batch_size)
     return -(-min(batch_size, total) // mesh.size) * mesh.size

@@ -35,6 +35,11 @@ def stages(key: Array) -> Stages:
     return Stages(*(jax.random.fold_in(key, stage) for stage in range(len(Stages._fields))))
 
 
+def default_chunk(batch: int, shape: tuple[int, ...]) -> int:
+    """Copies of each of ``batch`` inputs of this shape in one forward pass."""
+    return max(1, min(_ROWS, _VALUES // math.prod(shape)) // batch)
+
+
 def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) -> None:
     keys.check(key)
     dtype = getattr(x, "dtype", type(x).__name__)
@@ -106,8 +111,7 @@ def count_votes(
     x = jnp.asarray(x)
     batch, shape = x.shape[0], x.shape[1:]
     if chunk is None:
-        rows = min(_ROWS, _VALUES // math.prod(shape))
-        chunk = max(1, rows // batch)
+        chunk = default_chunk(batch, shape)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     chunk = min(chunk, n)

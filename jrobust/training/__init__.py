@@ -1,5 +1,6 @@
-"""Training objectives and the step that minimises them."""
+"""Training objectives, the step that minimises them, and averages of its weights."""
 
+from jrobust.training._averaging import EMA, SWA, Averaging, update_statistics
 from jrobust.training._objectives import (
     TRADES,
     Adversarial,
@@ -7,11 +8,14 @@ from jrobust.training._objectives import (
     Standard,
     adversarial_examples,
 )
-from jrobust.training._step import Batch, Objective, State, batch, step
+from jrobust.training._step import Batch, Objective, State, batch, guarded, step
 
 __all__ = [
+    "EMA",
+    "SWA",
     "TRADES",
     "Adversarial",
+    "Averaging",
     "Batch",
     "GaussianAugmentation",
     "Objective",
@@ -19,5 +23,7 @@ __all__ = [
     "State",
     "adversarial_examples",
     "batch",
+    "guarded",
     "step",
+    "update_statistics",
 ]

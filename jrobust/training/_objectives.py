@@ -34,9 +34,12 @@ def _accuracy(logits: Array, batch: Batch) -> Array:
     return _mean(jnp.argmax(logits, -1) == _hard(batch.y), batch.mask)
 
 
-def _keys_of(key: Array) -> tuple[Array, Array]:
+def _keys_of(key: Array, batch: Batch) -> tuple[Array, Array]:
     """Separate keys for the model's own randomness and for the examples' noise."""
-    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    # Dropout draws by position: parts of one batch, on other devices or one after the other, must
+    # not share its key.
+    dropout = jax.random.fold_in(jax.random.fold_in(key, 0), batch.id[0].astype(jnp.uint32))
+    return dropout, jax.random.fold_in(key, 1)
 
 
 def _check_attack(attack: Attack) -> None:
@@ -85,7 +88,7 @@ class Standard:
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """See :class:`Objective`. Metrics: ``accuracy`` on the training forward pass."""
-        dropout, _ = _keys_of(key)
+        dropout, _ = _keys_of(key, batch)
         logits, extra = network.train_logits(params, extra, dropout, batch.x)
         value = _mean(self.loss(logits, batch.y), batch.mask)
         return value, (extra, {"accuracy": _accuracy(logits, batch)})
@@ -116,7 +119,7 @@ class Adversarial:
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """See :class:`Objective`. Metrics: ``robust_accuracy`` on the training forward pass."""
-        dropout, noise = _keys_of(key)
+        dropout, noise = _keys_of(key, batch)
         x = adversarial_examples(noise, self.attack, network, params, extra, batch)
         logits, extra = network.train_logits(params, extra, dropout, x)
         value = _mean(self.loss(logits, batch.y), batch.mask)
@@ -167,7 +170,7 @@ class TRADES:
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """See :class:`Objective`. Metrics: ``accuracy``, ``robust_accuracy`` and ``kl``."""
         self._check_attack()
-        dropout, noise = _keys_of(key)
+        dropout, noise = _keys_of(key, batch)
         held = jax.lax.stop_gradient((params, extra))
         clean = network.logits(*held, batch.x)
         attack: GradientAttack = dataclasses.replace(
@@ -212,7 +215,7 @@ class GaussianAugmentation:
         self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, Metrics]]:
         """See :class:`Objective`. Metrics: ``accuracy`` under noise."""
-        dropout, noise = _keys_of(key)
+        dropout, noise = _keys_of(key, batch)
         keys = _keys.examples(noise, batch.id)
         draw = jax.vmap(lambda k: jax.random.normal(k, batch.x.shape[1:], batch.x.dtype))
         x = batch.x + self.sigma * draw(keys)

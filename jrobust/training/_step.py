@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jrobust import drive, parallel
 from jrobust import keys as _keys
-from jrobust import parallel
 from jrobust._algorithm import algorithm, static
 from jrobust.models import Network
+from jrobust.training._averaging import Averaging
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -98,6 +99,7 @@ class State:
         params: optimised parameters.
         extra: other variables (batch-norm statistics), changed by the training forward pass only.
         opt_state: state of the optax transformation.
+        average: what the :class:`Averaging` of the step carries, None without one.
         network: the model; static, so equal modules share one compilation.
     """
 
@@ -106,17 +108,80 @@ class State:
     params: Any
     extra: Any
     opt_state: Any
-    network: Network = static()
+    average: Any = None
+    network: Network = static(kw_only=True)
+
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        """``(params, extra)`` to validate and use: averaged ones if there is an average."""
+        if self.average is None:
+            return self.params, self.extra
+        return Averaging.weights(self.average)
 
 
-# Compiled once for each network: drawing weights takes longer to compile than a training step.
-_draw = jax.jit(lambda network, key, x: network.init(key, x))
+@jax.jit
+def _draw(network: Network, key: Array, x: Array) -> tuple[Any, Any]:
+    """Compiled once for each network: this takes longer to compile than a training step."""
+    # Weak types (of jnp.full(3, 0.5)) end with the first update, which would then compile twice.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), network.init(key, x))
+
 
 Init = Callable[[Array, Network, Array], State]
 Update = Callable[[State, Batch], tuple[State, Metrics]]
+Guarded = Callable[[State, Array, Batch], tuple[tuple[State, Array], Metrics]]
 
 
-def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, Update]:
+def _accumulated(
+    loss: Callable[..., Any], params: Any, extra: Any, batch: Batch, pieces: int
+) -> tuple[Any, Any]:
+    """``value_and_grad(loss)`` of a batch, of which only a piece is in memory at a time."""
+    rows = batch.x.shape[0]
+    if rows % pieces:
+        raise ValueError(
+            f"a batch of {rows} rows (on one device, under shard_map and pmap) cannot be cut into "
+            f"accumulate={pieces} equal parts: choose a divisor, or pad the batch with rows that "
+            "mask leaves out"
+        )
+    # Piece j holds rows j, j + pieces, ...: split over devices, each keeps its own rows.
+    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, pieces, *leaf.shape[1:]), batch)
+    weight = jnp.sum(batch.mask)
+
+    def part(params: Any, extra: Any, piece: Batch) -> tuple[Array, tuple[Any, Metrics]]:
+        value, (extra, metrics) = loss(params, extra, piece)
+        # The share of the rows that count in this piece, among those of the device; the weight
+        # below brings in the other devices. Pieces may then simply be summed.
+        share = jnp.sum(piece.mask) / jnp.maximum(weight, 1)
+        return share * value, (extra, jax.tree.map(lambda metric: share * metric, metrics))
+
+    def terms(j: Array, extra: Any) -> tuple[Any, Any]:
+        piece = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, j, axis=1, keepdims=False), cut
+        )
+        value_and_grad = parallel.value_and_grad(part)
+        (value, (extra, metrics)), grads = value_and_grad(params, extra, piece, weight=weight)
+        return (value, metrics, grads), extra
+
+    def add(j: Array, carry: Any) -> Any:
+        sums, extra = carry
+        new, extra = terms(j, extra)
+        return jax.tree.map(lambda total, term: total + term.astype(total.dtype), sums, new), extra
+
+    def zero(term: Any) -> Array:
+        return jnp.zeros(term.shape, jnp.promote_types(term.dtype, jnp.float32))
+
+    shapes, _ = jax.eval_shape(terms, jnp.int32(0), extra)
+    sums, extra = drive.loop(pieces, add, (jax.tree.map(zero, shapes), extra))
+    value, metrics, grads = jax.tree.map(lambda total, t: total.astype(t.dtype), sums, shapes)
+    return (value, (extra, metrics)), grads
+
+
+def step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    average: Averaging | None = None,
+    accumulate: int = 1,
+) -> tuple[Init, Update]:
     """A training step as two pure functions, ``(init, update)``, in the manner of optax.
 
     ``init(key, network, x) -> State`` draws parameters for inputs shaped like ``x`` (B, ...).
@@ -126,14 +191,31 @@ def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, 
     Args:
         objective: see :class:`Objective`.
         tx: an optax transformation, learning-rate schedule included.
+        average: :class:`EMA` or :class:`SWA`, kept in ``state.average``; use ``state.weights``.
+        accumulate: parts into which the batch is cut, one after the other in memory. Loss,
+            gradient and metrics are those of the whole batch, the examples' noise too; there is
+            one optimiser step. Two things differ: batch-norm normalises each part by itself and
+            moves its running averages once for each, and dropout draws other masks.
 
     Raises:
-        TypeError: if ``objective`` is not an instance of an objective, or ``tx`` not of optax.
+        TypeError: if ``objective`` is not an instance of an objective, ``tx`` not of optax,
+            ``average`` not of an averaging or ``accumulate`` not an integer.
+        ValueError: for settings out of range; in ``update``, for a batch that is malformed or
+            cannot be cut into ``accumulate`` equal parts.
     """
     if isinstance(objective, type) or not callable(objective):
         raise TypeError(f"objective must be an instance such as Standard(), got {objective!r}")
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax transformation such as optax.adam(1e-3), got {tx!r}")
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool):
+        raise TypeError(f"accumulate must be an integer, got {accumulate!r}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+    if average is not None:
+        if not isinstance(average, Averaging):
+            raise TypeError(f"average must be an instance such as EMA(0.999), got {average!r}")
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(average)):
+            average.check()
 
     def init(key: Array, network: Network, x: Array) -> State:
         _keys.check(key)
@@ -144,6 +226,7 @@ def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, 
             params=params,
             extra=extra,
             opt_state=tx.init(params),
+            average=None if average is None else average.init(params, extra),
             network=network,
         )
 
@@ -151,20 +234,50 @@ def step(objective: Objective, tx: optax.GradientTransformation) -> tuple[Init, 
         _check(batch)
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
-            return objective(key, state.network, params, state.extra, batch)
+        def loss(params: Any, extra: Any, batch: Batch) -> tuple[Array, tuple[Any, Metrics]]:
+            return objective(key, state.network, params, extra, batch)
 
-        value_and_grad = parallel.value_and_grad(loss)
-        (value, (extra, metrics)), grads = value_and_grad(state.params, weight=jnp.sum(batch.mask))
+        whole = state.params, state.extra, batch
+        if accumulate == 1:
+            found = parallel.value_and_grad(loss)(*whole, weight=jnp.sum(batch.mask))
+        else:
+            found = _accumulated(loss, *whole, accumulate)
+        (value, (extra, metrics)), grads = found
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        count = state.step + 1
+        trailing = state.average
+        if average is not None:
+            trailing = average.update(trailing, params, extra, count)
         new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            extra=extra,
-            opt_state=opt_state,
+            state, step=count, params=params, extra=extra, opt_state=opt_state, average=trailing
         )
-        return new, metrics
+        return new, {"loss": value, **metrics, "gradient_norm": optax.tree.norm(grads)}
 
     return init, update
+
+
+def guarded(update: Update) -> Guarded:
+    """``update`` that stops at the first step that leaves the finite numbers; pure.
+
+    ``guarded(update)(state, alive, batch) -> ((state, alive), metrics)``, ``alive`` a () bool
+    array, at first ``jnp.array(True)``. A step counts if it finds ``alive`` set, its loss and
+    gradient norm are finite, and so are all floats of the new ``params`` and ``extra``. Any other
+    step returns the state as it was, to the bit, and ``alive`` cleared: from then on the state is
+    the last good one, however late the caller looks at ``alive``. ``metrics`` are those of the
+    update itself, whether it counted or not. State and ``alive`` may be donated.
+    """
+
+    def guard(state: State, alive: Array, batch: Batch) -> tuple[tuple[State, Array], Metrics]:
+        new, metrics = update(state, batch)
+        watched = (metrics["loss"], metrics["gradient_norm"], new.params, new.extra)
+        finite = [
+            jnp.all(jnp.isfinite(leaf))
+            for leaf in jax.tree.leaves(watched)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
+        good = alive & jnp.all(jnp.stack(finite))
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        return (kept, good), metrics
+
+    return guard

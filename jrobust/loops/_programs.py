@@ -1,0 +1,180 @@
+"""Compiling the programs of a loop: together, ahead of time, within memory, and once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from jrobust import drive, parallel
+
+
+class Clock:
+    """Where the wall time of a loop goes: ``compile``, ``run`` and ``other`` seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = {"compile": 0.0, "run": 0.0}
+        self._begin = time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def total(self) -> dict[str, float]:
+        """Seconds by name; ``other`` is what was spent outside of programs and compilers."""
+        spent = sum(self.seconds.values())
+        return {**self.seconds, "other": max(0.0, time.perf_counter() - self._begin - spent)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program to compile: ``fn`` for arguments like ``args``, split over a mesh.
+
+    The remaining fields are those of :func:`jrobust.parallel.data_parallel`.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    in_axes: tuple[int | None, ...]
+    out_axes: int | None = 0
+    backend: parallel.Backend = "shard_map"
+    donate_argnums: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled job.
+
+    Attributes:
+        call: takes arguments like the job's.
+        seconds: spent on tracing, lowering and compiling it.
+        bytes: memory that it needs on each device, arguments and results included.
+    """
+
+    call: Callable[..., Any]
+    seconds: float
+    bytes: int
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the whole batch; may return before the device has finished."""
+        return self.call(*args)
+
+
+# Kept, so that a second call of a loop finds the traces of the first.
+@functools.lru_cache(maxsize=64)
+def _program(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    backend: parallel.Backend,
+    in_axes: tuple[int | None, ...],
+    out_axes: int | None,
+    donate_argnums: tuple[int, ...],
+) -> parallel.DataParallel:
+    return parallel.data_parallel(
+        drive.rewrite(fn),
+        mesh,
+        backend,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        donate_argnums=donate_argnums,
+    )
+
+
+def compile_all(jobs: Mapping[str, Job], mesh: Mesh, clock: Clock) -> dict[str, Program]:
+    """Compile several programs at once, a thread for each."""
+    keep_compilations()
+
+    def lower(job: Job) -> tuple[float, Callable[[], parallel.Compiled]]:
+        begin = time.perf_counter()
+        backend = "jit" if mesh.size == 1 else job.backend
+        split = _program(job.fn, mesh, backend, job.in_axes, job.out_axes, job.donate_argnums)
+        lowered = split.lower(*job.args)
+        return time.perf_counter() - begin, lowered
+
+    def finish(seconds: float, lowered: Callable[[], parallel.Compiled]) -> Program:
+        begin = time.perf_counter()
+        compiled = lowered()
+        return Program(compiled, seconds + time.perf_counter() - begin, compiled.bytes)
+
+    with clock.measure("compile"), ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        # Traced here, because what the user has set for this thread does not hold in others.
+        waiting = [pool.submit(finish, *lower(job)) for job in jobs.values()]
+        return {name: one.result() for name, one in zip(jobs, waiting)}
+
+
+def compile_within(
+    jobs: Callable[[int], Mapping[str, Job]],
+    size: int,
+    step: int,
+    memory: int | None,
+    mesh: Mesh,
+    clock: Clock,
+) -> tuple[int, dict[str, Program]]:
+    """The programs for the largest size, at most ``size``, that needs no more than ``memory``.
+
+    What the compiler says the programs need decides; one round of compilation where the first
+    size fits.
+
+    Args:
+        jobs: the programs for a size (a number of lanes, of noisy copies).
+        size: where to begin.
+        step: sizes are multiples of it, and at least it.
+        memory: bytes on each device; what is free there when None.
+    """
+    limit = parallel.free_memory(mesh) if memory is None else memory
+    while True:
+        programs = compile_all(jobs(size), mesh, clock)
+        need = max(program.bytes for program in programs.values())
+        if need <= limit:
+            return size, programs
+        if size <= step:
+            raise ValueError(
+                f"the smallest batch ({size}) needs {need:,} bytes on each device and {limit:,} "
+                "are to be used; pass a larger memory=, use more devices, or a smaller model"
+            )
+        # A little below proportional: the weights stay whatever the size.
+        size = max(step, min(size // 2, int(0.9 * size * limit / need)) // step * step)
+
+
+@functools.cache
+def keep_compilations() -> None:
+    """Turn on JAX's persistent compilation cache, unless the user has set one or turned it off.
+
+    In ``$XDG_CACHE_HOME/jrobust`` (``~/.cache/jrobust``), a folder for each kind of machine.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps it off, ``JAX_COMPILATION_CACHE_DIR`` places it.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "jrobust" / _machine()))
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX decides at its first compilation whether there is a cache.
+    compilation_cache.reset_cache()
+
+
+def _machine() -> str:
+    """Programs compiled for one CPU may not run on another of the same instruction set."""
+    about = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        about += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
