@@ -1,6 +1,8 @@
 """Models as pure functions: evaluation mode, no retraces, float32 logits, exact architectures."""
 
 import functools
+import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from flax import linen as nn
 from jrobust import models
 from jrobust.data import digits
 
+EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 KEY = jax.random.key(0)
 X = jax.random.uniform(jax.random.key(7), (6, 8, 8, 1))
 
@@ -348,7 +351,7 @@ class Unhashable(nn.Module):
         (lambda m, v: models.bind(m), TypeError, "bind needs the variables of MLP"),
         (lambda m, v: models.bind(m, v["params"]), ValueError, "no collection 'params'"),
         (lambda m, v: models.bind(m, list(v)), TypeError, "must be a mapping .* got list"),
-        (lambda m, v: models.bind(jnp.tanh, v), TypeError, "must be a Flax Linen module"),
+        (lambda m, v: models.bind(jnp.tanh, v), TypeError, "must be a Flax module, Linen or nnx"),
         (lambda m, v: models.bind(models.MLP, v), TypeError, r"write MLP\(\.\.\.\)"),
         (lambda m, v: models.bind(m, v, dtype=jnp.int8), TypeError, "floating-point type"),
         (lambda m, v: models.network(3), TypeError, "got builtins.int"),
@@ -405,6 +408,52 @@ def test_sown_repeated_and_nested_features():
     np.testing.assert_array_equal(features["after"], features["inner"])
     np.testing.assert_array_equal(features["twice/1"], network.logits(params, extra, x))
     np.testing.assert_allclose(features["norm"], features["after"], rtol=1e-4)
+
+
+# summary
+
+
+def test_summary_of_resnet20():
+    network = models.network(models.ResNet(depth=20))
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    summary = models.summary(network, x)
+    assert (summary.parameters, summary.extra, summary.logits) == (269_722, 1_376, (2, 10))
+    assert sum(layer.parameters for layer in summary.layers) == 269_722
+    layers = {layer.name: layer for layer in summary.layers}
+    assert layers["conv"] == ("conv", (2, 32, 32, 16), {"kernel": (3, 3, 3, 16)}, 432)
+    assert layers["stage3_block3/conv2"].output == (2, 8, 8, 64)
+    assert layers["head"].shapes == {"bias": (10,), "kernel": (64, 10)}
+    names = list(layers)
+    assert names.index("conv") < names.index("stage1_block1/conv1") < names.index("head")
+    lines = str(summary).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert " ".join(lines[2].split()) == "conv (2, 32, 32, 16) kernel (3, 3, 3, 16) 432"
+    assert " ".join(lines[-1].split()) == "total (2, 10) and 1,376 other values 269,722"
+
+
+def test_summary_of_a_bound_model():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(64, name="layer")
+            return nn.Dense(3, name="head")(layer(layer(x)))
+
+    x = X.reshape(6, -1)
+    bound = models.bind(Twice(), Twice().init(KEY, x))
+    summary = models.summary(bound, x)
+    assert [layer[0::3] for layer in summary.layers] == [
+        ("layer/0", 64 * 65),
+        ("layer/1", 0),
+        ("head", 64 * 3 + 3),
+    ]
+    assert summary == models.summary(models.network(Twice()), x)
+    # Of plain functions only parameters and logits are known.
+    plain = models.Network(None, lambda p, e, x: x @ p["w"], None, None).bind({"w": x.T}, ())
+    assert models.summary(plain, x) == models.Summary(
+        (models.Layer("", None, {"w": (64, 6)}, 384),), (6, 6), 384, 0
+    )
+    with pytest.raises(TypeError, match=r"a Network or a bound model, got Twice"):
+        models.summary(Twice(), x)
 
 
 # networks
@@ -521,6 +570,17 @@ def test_small_cnn_learns_the_digits():
     prediction = network.logits(params, extra, test.x).argmax(-1)
     # 99% within three standard errors of 400 draws.
     assert (prediction == test.y).mean() > 0.99 - 3 * (0.99 * 0.01 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("linen", "standard", "adversarial"), ("nnx", "pretrained", "hardened")],
+)
+def test_native_examples(name, before, after, capsys):
+    accuracies = runpy.run_path(str(EXAMPLES / f"native_{name}.py"))["main"](steps=60)
+    assert accuracies[before][0] > 0.8
+    assert accuracies[after][1] > accuracies[before][1] + 0.2
+    assert "bias (10,), kernel (512, 10)" in capsys.readouterr().out
 
 
 # imports

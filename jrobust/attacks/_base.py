@@ -9,14 +9,19 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import stop_gradient
 
 from jrobust import drive, losses
 from jrobust import keys as _keys
+from jrobust.models import Randomized
 from jrobust.threat import Threat
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]
 Tree = TypeVar("Tree")
+
+# The draws of a randomised model fold the step in above this offset, where no step counter reaches.
+_DRAWS = 1 << 29
 
 
 class AttackResult(NamedTuple):
@@ -376,19 +381,27 @@ class GradientAttack(Attack):
     ) -> tuple[Array, Array, Array | None, int, int]:
         """Loss (B,), logits (B, C), gradient at x; forwards and backwards spent."""
 
+        samples, votes = _passes(logits_fn)
+
+        def ascent(logits: Array) -> Array:
+            return losses.ascent(self.loss, logits, record.y, record.target)
+
         def evaluate(x: Array) -> tuple[Array, Array]:
+            if isinstance(logits_fn, Randomized):
+                draws = logits_fn.draws(_keys.fold(record.key, t + _DRAWS), x).astype(jnp.float32)
+                return jnp.mean(jax.vmap(ascent)(draws), 0), forward(logits_fn, stop_gradient(x))
             logits = forward(logits_fn, x) if sure else logits_fn(x).astype(jnp.float32)
-            return losses.ascent(self.loss, logits, record.y, record.target), logits
+            return ascent(logits), logits
 
         if not gradient:
-            return *evaluate(x), None, 1, 0
+            return *evaluate(x), None, samples + votes, 0
         if self.estimator is not None:
             keys = _keys.fold(record.key, t + 1)
             loss, logits = evaluate(x)
             _, estimate = self.estimator.per_example(
                 keys, lambda p: evaluate(p)[0], x, values=loss, host=drive.is_host(logits_fn)
             )
-            return loss, logits, estimate, self.estimator.queries(x[0]), 0
+            return loss, logits, estimate, self.estimator.queries(x[0]) * samples + votes, 0
         if drive.is_host(logits_fn):
             raise TypeError(
                 f"{type(self).__name__} needs gradients, which a Host model does not give: set "
@@ -400,7 +413,7 @@ class GradientAttack(Attack):
             return jnp.sum(loss), (loss, logits)
 
         grad, (loss, logits) = jax.grad(total, has_aux=True)(x)
-        return loss, logits, grad, 1, 1
+        return loss, logits, grad, samples + votes, samples
 
     def _advance(
         self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None, *, gradient: bool
@@ -425,7 +438,7 @@ class GradientAttack(Attack):
             loss,
             success,
             keep=self.keep,
-            forwards=jnp.where(ended, 1, forwards),
+            forwards=jnp.where(ended, sum(_passes(logits_fn)), forwards),
             backwards=jnp.where(ended, 0, backwards),
         )
         if self.stops_at_success:
@@ -477,7 +490,14 @@ def _ask(judge: LogitsFn, record: Record, x: Array, claimed: Array) -> tuple[Arr
         agreed = verdict() if np.any(claimed) else claimed
     else:
         agreed = jax.lax.cond(jnp.any(claimed), verdict, lambda: claimed)
-    return agreed, claimed.astype(jnp.int32)
+    return agreed, claimed * jnp.int32(_passes(judge)[1] or 1)
+
+
+def _passes(logits_fn: LogitsFn) -> tuple[int, int]:
+    """Forward passes behind a loss, and those behind a verdict beside it."""
+    if isinstance(logits_fn, Randomized):
+        return logits_fn.samples, logits_fn.votes
+    return 1, 0
 
 
 __all__ = [

@@ -8,13 +8,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jrobust.models._linen import bind, network
+from jrobust.models._flax import bind, network
 from jrobust.models._network import Bound, Network
+from jrobust.models._randomized import Drawn, Randomized, randomized
+from jrobust.models._summary import Layer, Summary, summary
 
 if TYPE_CHECKING:
     from jrobust.models._networks import MLP, ResNet, SmallCNN
 
-__all__ = ["MLP", "Bound", "Network", "ResNet", "SmallCNN", "bind", "network"]
+__all__ = [
+    "MLP",
+    "Bound",
+    "Drawn",
+    "Layer",
+    "Network",
+    "Randomized",
+    "ResNet",
+    "SmallCNN",
+    "Summary",
+    "bind",
+    "network",
+    "randomized",
+    "summary",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,46 @@ class Network:
             )
         params, extra = jax.tree.map(lambda leaf: _cast(leaf, dtype), (params, extra))
         return Bound(params, extra, self.logits, dtype=jnp.dtype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The method ``name`` of ``adapter``.
+
+    Bound methods, closures and partials of equal adapters compare unequal; these compare equal.
+    """
+
+    adapter: Any
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the method."""
+        return getattr(self.adapter, self.name)(*args)
+
+
+# How Flax modules name the switch between training and evaluation, and its value in evaluation.
+_EVALUATION = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
+
+
+def switches(train: bool) -> dict[str, bool]:
+    """The value of every switch in training or evaluation mode."""
+    return {name: value != train for name, value in _EVALUATION.items()}
+
+
+def named(captured: Mapping[tuple[str, ...], Any]) -> dict[str, Array]:
+    """Activations by path joined with ``/``; those with several parts end in ``/0``, ``/1``."""
+    features = {}
+    for path, value in captured.items():
+        leaves = jax.tree.leaves(value)  # one for each time and part that was produced
+        for i, leaf in enumerate(leaves):
+            features["/".join(path if len(leaves) == 1 else (*path, str(i)))] = leaf
+    return features
 
 
 @algorithm
