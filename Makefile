@@ -1,17 +1,22 @@
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 PY = .venv/bin/python
+NEWEST = .venv-newest/bin/python
+PEER = .venv-peer/bin/python
+PIP = -m pip install --quiet --disable-pip-version-check
+PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-newest lint peers bench clean
 
 # The environment is made once and again whenever the dependencies change.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	$(PY) $(PIP) --editable '.[test,bench]'
 	@touch $@
 
 .venv/.demo: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[data,report]'
+	$(PY) $(PIP) --editable '.[data,report]'
 	@touch $@
 
 demo: .venv/.demo
@@ -24,20 +29,34 @@ lint: .venv/.installed
 
 # Everything that a change can break.
 test: lint
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(PY) $(PYTEST)
 
-# And the long statistics.
+# And the long statistics; what needs the peers' environment stays with `make peers`.
 test-full: lint
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "full or not full"
+	$(PY) $(PYTEST) -m "not peers"
 
-# The benchmarks against PyTorch, small; the peer has an environment of its own.
+# The suite on the newest jax and all other dependencies of today, and on Python 3.12.
+test-newest:
+	test -x $(NEWEST) || $(PYTHON312) -m venv .venv-newest
+	$(NEWEST) $(PIP) --upgrade --upgrade-strategy eager --editable '.[test,bench]'
+	$(NEWEST) $(PYTEST)
+
+# PyTorch and the libraries on top of it, whose pins conflict with ours. torchattacks' own pins
+# (an old requests, torchvision) serve no attack of it.
 .venv-peer/.installed: Makefile
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' numpy
+	$(PEER) $(PIP) 'torch==2.13.0' numpy 'foolbox==3.3.4' 'pyautoattack==0.2.0'
+	$(PEER) $(PIP) --no-deps 'torchattacks==3.5.1'
 	@touch $@
 
+# Attacks, projections and certificates against other libraries on the same weights and inputs.
+peers: .venv/.installed .venv-peer/.installed
+	$(PY) -m pytest tests/peers -m peers
+
+# The benchmarks, small.
 bench: .venv/.installed .venv-peer/.installed
 	$(PY) benchmarks/pgd.py --small
+	$(PY) benchmarks/compile.py --small
 
 clean:
-	rm -rf .venv .venv-peer .cache runs benchmarks/out
+	rm -rf .venv .venv-newest .venv-peer .cache runs benchmarks/out

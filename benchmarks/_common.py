@@ -1,8 +1,8 @@
-"""What all benchmarks share: the quiet machine, the peer, turns, FLOPs, the report.
+"""What all benchmarks share: the quiet machine, the peer, turns, the machine's limits, the report.
 
 A benchmark compares programs that do the same work. Each is a *turn*: a function that does the work
-once and returns the seconds per example it took. :func:`take_turns` runs them alternately and
-repeats a round in which other processes took more than their share of the CPUs.
+once and returns what it measured, such as seconds per example. :func:`take_turns` runs them
+alternately and repeats a round in which other processes took more than their share of the CPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ import psutil
 SCHEMA = "jrobust-benchmark/1"
 BUSY_LIMIT = 0.05  # share of all CPUs that other processes may take
 
+T = TypeVar("T")
 Turn = Callable[[], float]
 
 
@@ -48,7 +49,8 @@ class DisagreementError(RuntimeError):
 class Watch:
     """The share of all CPUs that went to others since the watch was made: 0 to 1.
 
-    Others are all processes but this one and ``ours``, and the hypervisor's other guests (steal).
+    Others are all processes but this one, its children that have ended and ``ours``, and the
+    hypervisor's other guests (steal).
     """
 
     def __init__(self, ours: Iterable[int] = ()) -> None:
@@ -61,7 +63,8 @@ class Watch:
         busy = sum(all_of_it) - all_of_it.idle - getattr(all_of_it, "iowait", 0.0)
         # Guest time is in user time already.
         busy -= getattr(all_of_it, "guest", 0.0) + getattr(all_of_it, "guest_nice", 0.0)
-        own = sum(p.cpu_times().user + p.cpu_times().system for p in self.processes)
+        times = [process.cpu_times() for process in self.processes]
+        own = sum(t.user + t.system + t.children_user + t.children_system for t in times)
         return time.monotonic(), busy, own
 
     def others(self) -> float:
@@ -108,14 +111,14 @@ def check_quiet(*, force: bool = False, seconds: float = 2.0) -> Load:
 
 
 def take_turns(
-    turns: Mapping[str, Turn],
+    turns: Mapping[str, Callable[[], T]],
     rounds: int,
     load: Load,
     *,
     force: bool = False,
     ours: Iterable[int] = (),
-) -> dict[str, list[float]]:
-    """Seconds per example of each turn in each of ``rounds`` undisturbed rounds.
+) -> dict[str, list[T]]:
+    """What each turn measured in each of ``rounds`` undisturbed rounds.
 
     The order rotates from round to round, so that none always follows the same other. Disturbed
     rounds are repeated, at most twice as many as were asked for.
@@ -124,26 +127,27 @@ def take_turns(
         LoadedError: if too many rounds were disturbed, unless ``force``, which keeps them all.
     """
     names, ours = list(turns), list(ours)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    taken = 0
-    while len(load.rounds) < rounds:
-        if load.repeated > 2 * rounds:
+    results: dict[str, list[T]] = {name: [] for name in names}
+    taken = done = 0
+    while done < rounds:
+        if taken - done > 2 * rounds:
             raise LoadedError(
-                f"other processes disturbed {load.repeated} rounds: wait, or pass --force, which "
+                f"other processes disturbed {taken - done} rounds: wait, or pass --force, which "
                 "marks the report as loaded"
             )
         shift = taken % len(names)
         taken += 1
         watch = Watch(ours)
-        seconds = {name: turns[name]() for name in names[shift:] + names[:shift]}
+        measured = {name: turns[name]() for name in names[shift:] + names[:shift]}
         others = watch.others()
         if others > load.limit and not force:
             load.repeated += 1
             continue
+        done += 1
         load.rounds.append(others)
         for name in names:
-            times[name].append(seconds[name])
-    return times
+            results[name].append(measured[name])
+    return results
 
 
 def turn(run: Callable[[], Any], examples: int, *, seconds: float = 0.5) -> Turn:
@@ -257,80 +261,151 @@ def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-# --- what is counted and measured
+# --- what is counted
 
 
-def forward_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """Floating point operations of the convolutions and products of ``fn(*args)``.
+class Operation(NamedTuple):
+    """A convolution or a product."""
 
-    A multiplication and an addition count two; padding is counted as if it were computed. The
-    gradient with respect to the input takes the same number again.
+    flops: int  # a multiplication and an addition count two
+    bytes: int  # of its operands and its result, each touched once
+
+
+def operations(fn: Callable[..., Any], *args: Any) -> list[Operation]:
+    """The convolutions and products of ``fn(*args)``.
+
+    Padding is counted as if it were computed. What lies between them can be fused into them, and
+    counts nothing. The gradient with respect to the input takes the same numbers again.
 
     Raises:
         NotImplementedError: for a loop, whose length the shapes do not tell.
     """
-    return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
+    return _operations(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _flops(jaxpr: Any) -> int:
-    total = 0
+def _operations(jaxpr: Any) -> list[Operation]:
+    found = []
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         inner = [getattr(v, "jaxpr", v) for v in eqn.params.values()]
         inner = [v for v in inner if hasattr(v, "eqns")]
         if name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
-            outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * eqn.outvars[0].aval.size * math.prod(kernel) // outputs
+            each = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         elif name == "dot_general":
             ((contracted, _), _) = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * eqn.outvars[0].aval.size * math.prod(shape[d] for d in contracted)
+            each = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
         elif name in ("while", "scan", "cond"):
             raise NotImplementedError(f"cannot count the operations of a {name}")
         else:
-            total += sum(_flops(body) for body in inner)
-    return total
+            found += [operation for body in inner for operation in _operations(body)]
+            continue
+        arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        touched = sum(a.size * a.dtype.itemsize for a in arrays)
+        found.append(Operation(2 * eqn.outvars[0].aval.size * each, touched))
+    return found
 
 
-def peak_flops(size: int | None = None) -> float:
-    """Operations per second of the best of ten square float32 products: the measured limit.
+# --- the limits of the machine
+
+
+class Limits(NamedTuple):
+    """What the device was measured to do at best, a second."""
+
+    flops: float  # float32 operations of a large matrix product
+    bandwidth: float  # bytes read and written by the largest triad
+    triads: dict[int, float]  # bytes of each array of a triad -> its bandwidth
+
+
+def measure_limits(
+    load: Load,
+    *,
+    force: bool = False,
+    ours: Iterable[int] = (),
+    rounds: int = 5,
+    side: int | None = None,
+    sizes: Iterable[int] | None = None,
+    seconds: float = 0.2,
+) -> Limits:
+    """The best of a large float32 matrix product, the median of triads ``a <- a + s b`` in place.
+
+    A triad reads two arrays and writes one, and allocates nothing. Small arrays stay in caches, so
+    the largest counts as the bandwidth of the memory.
 
     Args:
-        size: of the matrices; by default 2048 on CPU, 8192 elsewhere.
+        load, force, ours: of :func:`take_turns`.
+        rounds: undisturbed rounds.
+        side: of the square matrices; by default 2048 on CPU, 8192 elsewhere.
+        sizes: bytes of each array; by default 16, 64 and 256 MiB on CPU, four times that elsewhere.
+        seconds: that each turn lasts.
     """
-    n = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    a = jax.random.normal(jax.random.key(0), (n, n))
+    cpu = jax.default_backend() == "cpu"
+    side = side or (2048 if cpu else 8192)
+    sizes = sorted(sizes or [2**i if cpu else 2 ** (i + 2) for i in (24, 26, 28)])
+    a = jax.random.normal(jax.random.key(0), (side, side))
     product = jax.jit(jnp.dot)
-    times = []
-    for _ in range(11):
-        begin = time.perf_counter()
-        product(a, a).block_until_ready()
-        times.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(times[1:])
+    turns = {"product": turn(lambda: product(a, a), 1, seconds=seconds)}
+    turns |= {str(size): turn(_triad(size), 1, seconds=seconds) for size in sizes}
+    times = take_turns(turns, rounds, load, force=force, ours=ours)
+    triads = {size: 3 * size / statistics.median(times[str(size)]) for size in sizes}
+    return Limits(2 * side**3 / min(times["product"]), triads[sizes[-1]], triads)
 
 
-def first_call(script: pathlib.Path, *arguments: str) -> dict[str, float]:
-    """What a program costs before its first result, compiled anew and from the cache on disk.
+def _triad(size: int) -> Callable[[], jax.Array]:
+    # In place: a new result each time would measure how the system hands out memory.
+    step = jax.jit(lambda a, b: a + 0.5 * b, donate_argnums=0)
+    b = jnp.ones(size // 4, jnp.float32)
+    state = [jnp.zeros_like(b)]
 
-    Runs ``script *arguments CACHE`` in two fresh processes that share an empty persistent
-    compilation cache; each prints the JSON of :func:`time_first_call`.
+    def run() -> jax.Array:
+        state[0] = step(state[0], b)
+        return state[0]
+
+    return run
+
+
+class Roofline(NamedTuple):
+    """How fast the limits allow a program to be."""
+
+    seconds: float
+    memory: float  # share of these seconds in which the memory is the limit, 0 to 1
+
+
+def roofline(work: Iterable[Operation], limits: Limits) -> Roofline:
+    """Each operation takes the longer of computing and of moving what it touches."""
+    times = [(o.flops / limits.flops, o.bytes / limits.bandwidth) for o in work]
+    seconds = sum(max(pair) for pair in times)
+    return Roofline(seconds, sum(moving for flops, moving in times if moving > flops) / seconds)
+
+
+# --- compilation
+
+
+def cold_and_warm(script: pathlib.Path, *arguments: str) -> list[dict[str, Any]]:
+    """What a program measures of its compilation, anew and with the cache on disk.
+
+    Runs ``script *arguments CACHE`` in two fresh processes that share a persistent compilation
+    cache, empty at first; each prints JSON in its last line.
     """
     with tempfile.TemporaryDirectory() as cache:
-        seconds = []
-        for _ in range(2):
-            command = [sys.executable, str(script), *arguments, cache]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            seconds.append(json.loads(done.stdout.splitlines()[-1])["compile_s"])
-    return {"compile_cold_s": seconds[0], "compile_warm_s": seconds[1]}
+        command = [sys.executable, str(script), *arguments, cache]
+        runs = [
+            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True) for _ in range(2)
+        ]
+    return [json.loads(run.stdout.splitlines()[-1]) for run in runs]
 
 
-def time_first_call(run: Callable[[], Any], cache: str) -> dict[str, float]:
-    """Tracing and compilation: the first call of ``run`` less the second."""
+def start(cache: str) -> None:
+    """Turn the persistent cache on for every program and start the back end."""
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.block_until_ready(jnp.zeros(()))  # the start of the back end is nobody's compile time
+
+
+def time_first_call(run: Callable[[], Any], cache: str) -> dict[str, float]:
+    """Tracing and compilation: the first call of ``run`` less the second."""
+    start(cache)
     times = []
     for _ in range(2):
         begin = time.perf_counter()
@@ -354,27 +429,27 @@ def ratio(name: str, numerator: list[float], denominator: list[float]) -> dict[s
     }
 
 
-def row(
-    name: str,
-    times: list[float],
-    *,
-    batch: int,
-    flops: float,
-    peak: float,
-    compiled: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """One program of the table; ``times`` are seconds per example, ``flops`` per example."""
+def row(name: str, batch: int, **measured: Any) -> dict[str, Any]:
+    """One program of the table; what is not in ``measured`` is null."""
+    nothing = {**dict.fromkeys(_FIELDS["rows"][0]), "seconds_per_example": []}
+    return {**nothing, "name": name, "batch": batch, **measured}
+
+
+def speed(times: list[float], flops: float, limit: Roofline) -> dict[str, Any]:
+    """What :func:`row` says of a timed program.
+
+    Args:
+        times: seconds per example, one for each round.
+        flops: operations per example.
+        limit: for one example.
+    """
     median = statistics.median(times)
-    compiled = compiled or {}
     return {
-        "name": name,
-        "batch": batch,
         "seconds_per_example": times,
         "examples_per_s": 1 / median,
         "gflops_per_s": flops / median / 1e9,
-        "fraction_of_limit": flops / median / peak,
-        "compile_cold_s": compiled.get("compile_cold_s"),
-        "compile_warm_s": compiled.get("compile_warm_s"),
+        "fraction_of_limit": limit.seconds / median,
+        "memory_bound": limit.memory,
     }
 
 
@@ -448,18 +523,26 @@ _FIELDS: dict[str, Any] = {
         "load_average": list,
         "loaded": bool,
     },
-    "limit": {"name": str, "gflops_per_s": _NUMBER},
+    "limit": {
+        "gflops_per_s": _NUMBER,
+        "gbytes_per_s": _MAYBE,
+        "triads": [{"mib": _NUMBER, "gbytes_per_s": _NUMBER}],
+    },
     "checks": [{"name": str, "value": _NUMBER, "tolerance": _NUMBER, "passed": bool}],
     "rows": [
         {
             "name": str,
             "batch": int,
             "seconds_per_example": list,
-            "examples_per_s": _NUMBER,
-            "gflops_per_s": _NUMBER,
-            "fraction_of_limit": _NUMBER,
+            "examples_per_s": _MAYBE,
+            "gflops_per_s": _MAYBE,
+            "fraction_of_limit": _MAYBE,
+            "memory_bound": _MAYBE,
             "compile_cold_s": _MAYBE,
             "compile_warm_s": _MAYBE,
+            "trace_s": _MAYBE,
+            "program_bytes": (int, type(None)),
+            "temp_bytes": (int, type(None)),
         }
     ],
     "ratios": [{"name": str, "median": _NUMBER, "low": _NUMBER, "high": _NUMBER, "rounds": int}],
@@ -484,13 +567,20 @@ def check_schema(report: Any, fields: Any = _FIELDS, where: str = "report") -> N
         raise ValueError(f"report.schema must be {SCHEMA!r}, got {report['schema']!r}")
 
 
-def report(benchmark: str, load: Load, peak: float, **parts: Any) -> dict[str, Any]:
+def report(benchmark: str, load: Load, limits: Limits, **parts: Any) -> dict[str, Any]:
     """The report as written to disk; ``parts``: settings, machine, checks, rows, ratios."""
     made = {
         "schema": SCHEMA,
         "benchmark": benchmark,
         "load": {**dataclasses.asdict(load), "loaded": load.loaded},
-        "limit": {"name": "float32 matmul", "gflops_per_s": peak / 1e9},
+        "limit": {
+            "gflops_per_s": limits.flops / 1e9,
+            "gbytes_per_s": limits.bandwidth / 1e9,
+            "triads": [
+                {"mib": size / 2**20, "gbytes_per_s": speed / 1e9}
+                for size, speed in limits.triads.items()
+            ],
+        },
         **parts,
     }
     check_schema(made)
@@ -501,24 +591,30 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def headline(report: Mapping[str, Any]) -> str:
+    """What was measured on what, and whether to believe it."""
+    here, limit = report["machine"], report["limit"]
+    line = (
+        f"{report['benchmark']} on {here['device_kind']} ({here['cpu']}, {here['cores']} cores), "
+        f"jax {here['versions']['jax']}, limits {limit['gflops_per_s']:.0f} GFLOP/s and "
+        f"{_cell(limit['gbytes_per_s'], '.1f')} GB/s"
+    )
+    loaded = report["load"]["loaded"]
+    return line + ("\nTHE MACHINE WAS LOADED: these times mean little" if loaded else "")
+
+
 def table(report: Mapping[str, Any]) -> str:
     """The report for the eye."""
-    here, load = report["machine"], report["load"]
-    lines = [
-        f"{report['benchmark']} on {here['device_kind']} ({here['cpu']}, {here['cores']} cores), "
-        f"limit {report['limit']['gflops_per_s']:.0f} GFLOP/s ({report['limit']['name']})",
-    ]
-    if load["loaded"]:
-        lines.append("THE MACHINE WAS LOADED: these times mean little")
+    lines = [headline(report)]
     for c in report["checks"]:
         lines.append(f"  {c['name']}: {c['value']:.3g} (at most {c['tolerance']:g})")
     lines += ["", f"{'':34}{'batch':>6}{'examples/s':>12}{'GFLOP/s':>9}{'of limit':>10}"]
-    lines[-1] += f"{'compile':>10}{'cached':>9}"
+    lines[-1] += f"{'memory':>8}{'compile':>10}{'cached':>9}"
     for r in report["rows"]:
         lines.append(
             f"{r['name']:34}{r['batch']:6}{r['examples_per_s']:12.4g}{r['gflops_per_s']:9.4g}"
-            f"{r['fraction_of_limit']:10.1%}{_cell(r['compile_cold_s'], '8.2f'):>9}s"
-            f"{_cell(r['compile_warm_s'], '7.2f'):>8}s"
+            f"{r['fraction_of_limit']:10.1%}{_cell(r['memory_bound'], '8.0%')}"
+            f"{_cell(r['compile_cold_s'], '8.2f'):>9}s{_cell(r['compile_warm_s'], '7.2f'):>8}s"
         )
     lines += ["", f"{'':50}{'median':>8}{'low':>8}{'high':>8}"]
     lines += [

@@ -26,7 +26,7 @@ class Block(nn.Module):
     def forward(self, x):
         h = functional.relu(self.norm1(self.conv1(x)), inplace=True)
         h = self.norm2(self.conv2(h))
-        if self.new:
+        if self.new or self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
             x = functional.pad(x, (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
         return functional.relu(h.add_(x), inplace=True)
@@ -177,16 +177,18 @@ class Session:
         return {"seconds": (time.perf_counter() - begin) / (repeats * len(x))}
 
 
-def main():
-    session = Session()
+def serve(session):
+    """Answer requests until standard input ends."""
+    # Libraries print to standard output: their lines are not answers.
+    answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = getattr(session, request.pop("do"))(**request)
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(Session())

@@ -83,9 +83,9 @@ class Case:
         """The points at which the attack starts."""
         return _init(self.attack, self.key, self.x, self.y).x
 
-    def flops(self) -> float:
-        """Operations of one attack on one example; the input gradient costs a forward pass."""
-        forward = _common.forward_flops(self.model, self.x) / self.settings.batch
+    def work(self) -> list[_common.Operation]:
+        """The operations of one attack on all examples; the gradient costs a forward pass."""
+        forward = _common.operations(self.model, self.x)
         return forward * (2 * self.settings.steps + 1)
 
     def save(self, folder: pathlib.Path) -> None:
@@ -297,39 +297,43 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
             checks += same_programs(case)
             _common.require(checks)
             compiled = {
-                program: _common.first_call(
+                program: _common.cold_and_warm(
                     HERE / "pgd.py", "--precision", s.precision, "--first-call", program, name
                 )
                 for program in case.programs
             }
-            peak = _common.peak_flops()
+            limits = _common.measure_limits(load, force=force, ours=[peer.pid])
             turns = {
                 name: _common.turn(program, s.batch) for name, program in case.programs.items()
             }
             turns[PEER], best = peer_turn(peer, s)
             times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
-    flops = case.flops()
-    rows = [
-        _common.row(
-            name,
-            seconds,
-            batch=best if name == PEER else s.batch,
-            flops=flops,
-            peak=peak,
-            compiled=compiled.get(name),
+    work = case.work()
+    flops = sum(operation.flops for operation in work) / s.batch
+    seconds, memory = _common.roofline(work, limits)
+    limit = _common.Roofline(seconds / s.batch, memory)
+    rows = []
+    for name, times_of_it in times.items():
+        cold, warm = compiled.get(name, [{"compile_s": None}] * 2)
+        rows.append(
+            _common.row(
+                name,
+                best if name == PEER else s.batch,
+                **_common.speed(times_of_it, flops, limit),
+                compile_cold_s=cold["compile_s"],
+                compile_warm_s=warm["compile_s"],
+            )
         )
-        for name, seconds in times.items()
-    ]
     ratios = [
         _common.ratio(f"speed, {JROBUST} to {other}", times[other], times[JROBUST])
         for other in (PEER, UNROLLED, PLAIN)
     ]
-    cold = [[compiled[n]["compile_cold_s"]] for n in (JROBUST, UNROLLED)]
-    ratios.append(_common.ratio(f"compile time, {JROBUST} to {UNROLLED}", *cold))
+    colds = [[compiled[n][0]["compile_s"]] for n in (JROBUST, UNROLLED)]
+    ratios.append(_common.ratio(f"compile time, {JROBUST} to {UNROLLED}", *colds))
     return _common.report(
         "pgd",
         load,
-        peak,
+        limits,
         settings={**dataclasses.asdict(s), "widths": list(s.widths), "peer_batch": best}
         | {"mflop_per_example": flops / 1e6, "robust_accuracy": robust},
         machine=_common.machine(opened),

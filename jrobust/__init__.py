@@ -5,8 +5,11 @@ Small pure functions over JAX arrays that compose under ``jit``, ``vmap`` and ``
 
 from jrobust import (
     attacks,
+    checkpoint,
     data,
+    debug,
     drive,
+    ensembles,
     keys,
     loops,
     losses,
@@ -28,8 +31,11 @@ __version__ = "0.1.0"
 __all__ = [
     "algorithm",
     "attacks",
+    "checkpoint",
     "data",
+    "debug",
     "drive",
+    "ensembles",
     "keys",
     "loops",
     "losses",

@@ -56,6 +56,8 @@ def rewrite(fn: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(fn)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # to be stepped through
+            return fn(*args, **kwargs)
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
         flat = jaxpr_as_fun(_closed(closed, {}))(*jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(shape), flat)

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -19,7 +19,17 @@ import numpy as np
 
 from jrobust._convolution import rewrite
 
-__all__ = ["Host", "Stepper", "fixed", "is_host", "loop", "rewrite", "run", "until_done"]
+__all__ = [
+    "Host",
+    "Stepper",
+    "fixed",
+    "is_host",
+    "loop",
+    "rewrite",
+    "run",
+    "stepped",
+    "until_done",
+]
 
 Array = jax.Array
 Carry = TypeVar("Carry")
@@ -86,9 +96,9 @@ def loop(
     """Apply ``carry = body(i, carry)`` for ``i`` in ``0 .. n - 1``.
 
     Traced as one ``lax`` loop (reverse-differentiable), or, with ``host=True``, run in Python, as
-    a black box needs it whose queries must happen exactly once.
+    a black box needs it whose queries must happen exactly once, and under ``jax.disable_jit``.
     """
-    if host:
+    if host or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         for i in range(n):
             init = body(i, init)  # type: ignore[arg-type]
         return init
@@ -134,13 +144,14 @@ def fixed(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> C
     return a_round(0, state) if rounds == 1 else loop(rounds, a_round, state)
 
 
-def _on_host(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
+def stepped(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Iterator[Carry]:
+    """Step from Python until every example is done, as :func:`until_done`; yields each state."""
     while not np.all(attack.done(state)):
         if np.any(attack.moving(state)):
             state = attack.step(logits_fn, state, judge)
         else:
             state = attack.close(logits_fn, state, judge)
-    return state
+        yield state
 
 
 def run(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:
@@ -148,6 +159,9 @@ def run(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Car
     if is_host(logits_fn) or is_host(judge):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
             raise TypeError(_HOST_TRACED)
-        return _on_host(attack, logits_fn, state, judge)
+        ended = state
+        for ended in stepped(attack, logits_fn, state, judge):  # noqa: B007
+            pass
+        return ended
     driver = until_done if attack.schedule is None else fixed
     return driver(attack, logits_fn, state, judge)

@@ -10,6 +10,7 @@ The first form makes one run in this process, one of several perhaps, and writes
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import pathlib
 import random
@@ -98,6 +99,7 @@ def certify(directory, mesh):
 
 
 RUNS = {"fit": fit, "evaluate": evaluate, "certify": certify}
+EVENTS = {"fit": 8, "evaluate": 48, "certify": 24}  # of each run, at least
 
 
 def arrays(name: str, report) -> dict[str, np.ndarray]:
@@ -113,10 +115,12 @@ def arrays(name: str, report) -> dict[str, np.ndarray]:
     return {**certificate, "select": report.select_counts, "estimate": report.estimate_counts}
 
 
-def run(name: str, directory: pathlib.Path, process: int = 0, pause: float = 0.0) -> None:
+def run(name: str, directory: pathlib.Path, process: int = 0, until: float = math.inf) -> None:
+    """Run to the end, or for good until somebody kills it at the event number ``until``."""
     report = None
-    for event in RUNS[name](directory, parallel.mesh()):
-        time.sleep(pause)  # so that a kill has batches to fall between
+    for number, event in enumerate(RUNS[name](directory, parallel.mesh())):
+        while number >= until:
+            time.sleep(1)
         report = event.report
     np.savez(directory / f"outcome-{process}.npz", **arrays(name, report))
 
@@ -133,7 +137,9 @@ def kill(name: str, directory: pathlib.Path, times: int, seed: int, configure) -
         child = os.fork()
         if child == 0:
             configure()
-            run(name, directory, pause=0.02 if life < times else 0.0)
+            # However fast the machine, something is left to do for every life.
+            share = (life + 1) / (times + 1)
+            run(name, directory, until=share * EVENTS[name] if life < times else math.inf)
             os._exit(0)
         if life == times:
             _, status = os.waitpid(child, 0)

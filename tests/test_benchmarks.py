@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 import textwrap
 
@@ -15,6 +16,8 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import _common  # noqa: E402
+import catalogue  # noqa: E402
+import compile as compile_times  # noqa: E402
 import pgd  # noqa: E402
 
 TOY = pgd.Settings(depth=8, widths=(4, 8, 8), side=8, batch=4, steps=3, rounds=2)
@@ -51,8 +54,9 @@ def test_flops_of_the_network_are_those_counted_by_hand(case):
         + conv(2, 8, 8)
         + 2 * 8 * 10
     )
-    assert _common.forward_flops(case.model, case.x) == 4 * by_hand
-    assert case.flops() == (3 + 3 + 1) * by_hand
+    forward = _common.operations(case.model, case.x)
+    assert sum(operation.flops for operation in forward) == 4 * by_hand
+    assert sum(operation.flops for operation in case.work()) == (3 + 3 + 1) * 4 * by_hand
 
 
 def test_flops_of_grouped_convolutions_and_batched_products():
@@ -62,18 +66,46 @@ def test_flops_of_grouped_convolutions_and_batched_products():
         )
 
     # 3 outputs along the width, each of 6 channels sums 3 taps of 2 channels.
-    assert _common.forward_flops(conv, jnp.ones((5, 7, 4)), jnp.ones((3, 2, 6))) == (
-        5 * 3 * 6 * 3 * 2 * 2
-    )
-    product = _common.forward_flops(
+    (found,) = _common.operations(conv, jnp.ones((5, 7, 4)), jnp.ones((3, 2, 6)))
+    assert found == (5 * 3 * 6 * 3 * 2 * 2, 4 * (5 * 7 * 4 + 3 * 2 * 6 + 5 * 3 * 6))
+    (found,) = _common.operations(
         lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
     )
-    assert product == 2 * 2 * 3 * 4 * 5
+    assert found == (2 * 2 * 3 * 4 * 5, 4 * (2 * 3 * 4 + 2 * 4 * 5 + 2 * 3 * 5))
 
 
 def test_flops_of_a_loop_are_refused():
     with pytest.raises(NotImplementedError, match="while"):
-        _common.forward_flops(lambda x: jax.lax.while_loop(lambda x: x < 3, jnp.sin, x), 1.0)
+        _common.operations(lambda x: jax.lax.while_loop(lambda x: x < 3, jnp.sin, x), 1.0)
+
+
+def test_the_roofline_takes_the_longer_of_computing_and_moving():
+    limits = _common.Limits(flops=100.0, bandwidth=10.0, triads={})
+    computing, moving = _common.Operation(600, 10), _common.Operation(100, 40)
+    assert _common.roofline([computing], limits) == (6.0, 0.0)
+    assert _common.roofline([moving], limits) == (4.0, 1.0)
+    assert _common.roofline([computing, moving], limits) == (10.0, 0.4)
+
+
+def test_limits_are_counted_operations_and_bytes_over_time(monkeypatch):
+    asked = []
+
+    def turn(run, examples, *, seconds):
+        asked.append(run)
+        return [lambda: 2.0, lambda: 4.0, lambda: 0.5][len(asked) - 1]
+
+    monkeypatch.setattr(_common, "turn", turn)
+    monkeypatch.setattr(_common.Watch, "others", lambda self: 0.0)
+    load = _common.Load()
+    limits = _common.measure_limits(load, rounds=2, side=8, sizes=[4096, 1024])
+    assert limits == (2 * 8**3 / 2.0, 3 * 4096 / 0.5, {1024: 3 * 1024 / 4.0, 4096: 3 * 4096 / 0.5})
+    assert load.rounds == [0.0, 0.0]
+    product, small, _ = asked
+    assert product().shape == (8, 8)
+    first = small()
+    assert first.nbytes == 1024
+    np.testing.assert_array_equal(small(), 1.0)  # twice a half
+    assert first.is_deleted(), "in place"
 
 
 # --- the programs
@@ -154,6 +186,14 @@ def test_disturbed_rounds_are_repeated_in_rotated_order(monkeypatch):
     assert (load.repeated, load.rounds, load.loaded) == (1, [0.0, 0.0], False)
 
 
+def test_the_time_of_ended_children_is_our_own():
+    watch = _common.Watch()
+    before = watch._now()[2]
+    code = "import time\nbegin = time.process_time()\nwhile time.process_time() < begin + 0.2: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert watch._now()[2] - before > 0.15
+
+
 def test_steady_disturbance_ends_in_refusal_or_a_mark(busy):
     with pytest.raises(_common.LoadedError, match="disturbed"):
         _common.take_turns({"a": lambda: 1.0}, 2, _common.Load())
@@ -166,15 +206,16 @@ def test_steady_disturbance_ends_in_refusal_or_a_mark(busy):
 
 
 def _report(load):
-    flops, peak = 1e6, 1e9
+    limits = _common.Limits(1e9, 2e9, {2**20: 3e9, 2**21: 2e9})
+    timed = _common.speed([0.01, 0.02, 0.04], 1e6, _common.Roofline(0.001, 0.25))
     return _common.report(
         "toy",
         load,
-        peak,
+        limits,
         settings={},
         machine=_common.machine({"versions": {"torch": "0"}, "device": "toy"}),
         checks=[_common.check("equal", 0.0, 0.0)],
-        rows=[_common.row("a", [0.01, 0.02, 0.04], batch=4, flops=flops, peak=peak)],
+        rows=[_common.row("a", 4, **timed)],
         ratios=[_common.ratio("b to a", [1.0, 4.0, 9.0], [1.0, 2.0, 3.0])],
     )
 
@@ -185,13 +226,26 @@ def test_the_report_has_the_schema_and_the_right_numbers(tmp_path):
     assert row["examples_per_s"] == pytest.approx(50)
     assert row["gflops_per_s"] == pytest.approx(0.05)
     assert row["fraction_of_limit"] == pytest.approx(0.05)
+    assert row["memory_bound"] == 0.25
+    assert row["compile_cold_s"] is None
+    assert made["limit"] == {
+        "gflops_per_s": 1.0,
+        "gbytes_per_s": 2.0,
+        "triads": [{"mib": 1.0, "gbytes_per_s": 3.0}, {"mib": 2.0, "gbytes_per_s": 2.0}],
+    }
     assert (ratio["median"], ratio["low"], ratio["high"]) == (2.0, 1.0, 3.0)
     out = tmp_path / "deep" / "toy.json"
     _common.write(made, out)
     _common.check_schema(json.loads(out.read_text()))
     assert "b to a" in _common.table(made)
+    assert "1 GFLOP/s and 2.0 GB/s" in _common.table(made)
     assert "LOADED" not in _common.table(made)
     assert "LOADED" in _common.table(_report(_common.Load(rounds=[0.5])))
+
+
+@pytest.mark.parametrize("result", sorted((BENCHMARKS / "results").glob("*.json")), ids=str)
+def test_kept_results_have_the_schema(result):
+    _common.check_schema(json.loads(result.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +271,88 @@ def test_sides_that_disagree_are_refused():
     for value in (0.2, float("nan")):
         with pytest.raises(_common.DisagreementError, match="logits"):
             _common.require([_common.check("logits", value, 0.1)])
+
+
+# --- compile time
+
+
+def test_every_algorithm_of_the_catalogue_is_compiled():
+    names = compile_times.programs(small=False)
+    tables = (catalogue.OBJECTIVES, catalogue.NOISES, catalogue.ESTIMATORS)
+    parts = [part.name for table in tables for part in table]
+    for model in ("MLP", "ResNet-20"):
+        for algorithm in [entry.name for entry in catalogue.ATTACKS] + parts:
+            assert any(name.startswith(f"{model}: {algorithm},") for name in names), algorithm
+    pgd_norms = [name for name in names if name.startswith("MLP: PGD,")]
+    (entry,) = [entry for entry in catalogue.ATTACKS if entry.name == "PGD"]
+    assert pgd_norms == [f"MLP: PGD, {threat.norm}" for threat in entry.threats]
+
+
+def test_every_program_can_be_traced():
+    for name, make in compile_times.programs(small=True).items():
+        program = make()
+        assert jax.tree.leaves(jax.eval_shape(program.fn, *program.args)), name
+
+
+def test_a_program_is_compiled_and_weighed():
+    square = jax.jit(lambda x: jnp.sin(x) @ x)
+    shape = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    measured = compile_times.compile_once(compile_times.Program(square, (shape,)))
+    assert 0 < measured["trace_s"] < measured["compile_s"]
+    assert measured["program_bytes"] > 100
+    assert (
+        measured["temp_bytes"] == square.lower(shape).compile().memory_analysis().temp_size_in_bytes
+    )
+
+
+COLD = {"trace_s": 1.0, "compile_s": 5.0, "hits": 0, "misses": 1}
+COLD |= {"program_bytes": 2**20, "temp_bytes": 2**21}
+WARM = {**COLD, "trace_s": 3.0, "compile_s": 4.0, "hits": 1, "misses": 0}
+
+
+def test_rows_of_compile_times_are_medians_in_a_table():
+    slow = {**COLD, "compile_s": 9.0}
+    row = compile_times.row("a, b", 8, [(COLD, WARM), (slow, WARM), (slow, WARM)])
+    assert (row["compile_cold_s"], row["compile_warm_s"], row["trace_s"]) == (9.0, 4.0, 2.0)
+    made = {**_report(_common.Load()), "rows": [row]}
+    _common.check_schema(made)
+    line = "| a, b | 2.00 s | 9.00 s | 4.00 s | 1,024 KiB | 2.0 MiB |"
+    assert compile_times.markdown(made).splitlines()[-1] == line
+
+
+def test_a_cache_that_was_hit_or_missed_at_the_wrong_time_is_refused():
+    _common.require(compile_times.checks([(COLD, WARM)]))
+    for pair in ((WARM, WARM), (COLD, COLD)):
+        with pytest.raises(_common.DisagreementError, match="cache"):
+            _common.require(compile_times.checks([(COLD, WARM), pair]))
+
+
+def test_cold_and_warm_share_a_cache_that_is_empty_at_first(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, sys
+            flag, cache = sys.argv[1:]
+            print("noise")
+            print(json.dumps({"flag": flag, "found": os.listdir(cache)}))
+            open(os.path.join(cache, "entry"), "w").close()
+            """
+        )
+    )
+    assert _common.cold_and_warm(script, "--x") == [
+        {"flag": "--x", "found": []},
+        {"flag": "--x", "found": ["entry"]},
+    ]
+
+
+@pytest.mark.full
+def test_the_cache_makes_the_second_process_faster(quiet):
+    made = compile_times.measure(["SmallCNN: PGD, Linf"], small=True)
+    (row,) = made["rows"]
+    assert row["trace_s"] < row["compile_warm_s"] < row["compile_cold_s"]
+    assert row["program_bytes"] > 10_000
+    assert row["temp_bytes"] > 10_000
 
 
 # --- the peer
