@@ -8,13 +8,15 @@ may follow.
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrobust._algorithm import algorithm
+from jrobust._algorithm import algorithm, static
 
 Array = jax.Array
 ArrayLike = Any
@@ -35,6 +37,81 @@ def _features(x: Array) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
 
 
+def _total(values: Array) -> Array:
+    """The sum over features: (B, ...) -> (B, 1, ...)."""
+    return jnp.sum(values, _features(values), keepdims=True)
+
+
+def _scaled(gradient: Array) -> Array:
+    """The gradient over its largest entry, so that no power or sum of it under- or overflows.
+
+    Entries that are not finite count as zero. The derivative is that of a constant scale: what is
+    normalised afterwards does not depend on it.
+    """
+    g = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), _features(g), keepdims=True, initial=0.0))
+    # The reciprocal of a number above 2^126 is subnormal, which XLA takes for zero.
+    shrink = jnp.where(largest > 1.0, 0.125, 1.0)
+    return (shrink * g) / jnp.where(largest > 0, shrink * largest, 1.0)
+
+
+def _inward(x: Array, x0: Array, reach: Array) -> Array:
+    """``x``, stepped one float32 towards ``x0`` where rounding took it further than ``reach``.
+
+    Then ``|x - x0| <= reach`` in exact arithmetic. One of the differences is exact (Fast2Sum), so
+    the tests see every overshoot and nothing else. ``x`` should come out of a clip, because XLA
+    would fold ``(x0 + reach) - x0`` to ``reach``.
+    """
+    outside = (jnp.abs(x - x0) > reach) | (x - reach > x0) | (x + reach < x0)
+    inward = jnp.nextafter(*jax.lax.stop_gradient((x, x0)))
+    return jnp.where(outside, x + (inward - jax.lax.stop_gradient(x)), x)
+
+
+def _largest(holds: Callable[[Array], Array], like: Array) -> Array:
+    """The largest float32 ``t >= 0`` at which ``holds(t)``; zero if there is none.
+
+    ``holds`` (B, 1, ...) must be true up to some ``t`` and false from there on. Non-negative floats
+    are ordered like their bits, which are settled one by one from the highest: 31 evaluations in
+    whatever number of dimensions, where sorting costs more and Newton's method has no bound.
+    """
+
+    def settle(i: Array, bits: Array) -> Array:
+        candidate = bits | (jnp.uint32(1 << 30) >> i.astype(jnp.uint32))
+        t = jax.lax.bitcast_convert_type(candidate, jnp.float32)
+        return jnp.where(holds(t), candidate, bits)
+
+    bits = jax.lax.fori_loop(0, 31, settle, jnp.zeros_like(like, dtype=jnp.uint32))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# Compiled on their own, because an eager caller would compile the loop anew at each call.
+@jax.jit
+def _shift(size: Array, room: Array, radius: Array) -> Array:
+    """(B, 1, ...): the last ``t`` at which ``sum clip(size - t, 0, room)`` exceeds ``radius``."""
+    return _largest(
+        lambda t: _total(jnp.clip(size - t, 0.0, room)) > radius,
+        _total(size),
+    )
+
+
+@jax.jit
+def _level(rank: Array, weight: Array, budget: Array) -> Array:
+    """(B, 1, ...): the highest ``t`` for which the entries of ``rank >= t`` weigh ``budget``."""
+    return _largest(
+        lambda t: _total(jnp.where(rank >= t, weight, 0.0)) >= budget,
+        _total(rank),
+    )
+
+
+def _best(rank: Array, count: Array) -> Array:
+    """(B, ...) bool: the ``count`` entries of highest ``rank >= 0``; among equals the first."""
+    rank = jax.lax.stop_gradient(rank)
+    level = _level(rank, jnp.ones_like(rank), count)
+    above, equal = rank > level, rank == level
+    place = jnp.cumsum(equal.reshape(equal.shape[0], -1), axis=1).reshape(equal.shape)
+    return above | (equal & (place <= count - _total(above)))
+
+
 def _root(square: Array) -> Array:
     """``sqrt`` whose derivative at zero is zero, so that training through an attack has no NaN."""
     positive = square > 0
@@ -48,9 +125,9 @@ def _multiplier(move: Array, low: Array, high: Array, radius: Array, free: Array
     """
     held = jnp.where(free, 0.0, jnp.where(move > 0, high, low))
     held = jnp.where(move == 0, 0.0, held)
-    left = jnp.maximum(radius**2 - jnp.sum(held * held, _features(move), keepdims=True), 0.0)
+    left = jnp.maximum(radius**2 - _total(held * held), 0.0)
     loose = jnp.where(free, move, 0.0)
-    loose = jnp.sum(loose * loose, _features(move), keepdims=True)
+    loose = _total(loose * loose)
     some = loose > 0
     return jnp.where(some, jnp.minimum(1.0, _root(left / jnp.where(some, loose, 1.0))), 1.0)
 
@@ -68,7 +145,7 @@ def _free_features(move: Array, low: Array, high: Array, radius: Array) -> Array
     def free(t: Array) -> Array:
         return (t * move > low) & (t * move < high)
 
-    length = _root(jnp.sum(move * move, _features(move), keepdims=True))
+    length = _root(_total(move * move))
     first = free(jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0)))
 
     def shrink(inside: Array) -> Array:
@@ -110,8 +187,26 @@ class Threat(abc.ABC):
         """The norm of ``x - x0`` of each example: (B, ...) -> (B,) float32."""
 
     @abc.abstractmethod
-    def widest(self, width: float, size: int) -> float:
-        """The norm of the diagonal of a box of this ``width`` in ``size`` dimensions."""
+    def widest(self, width: float, shape: tuple[int, ...]) -> float:
+        """The norm of the diagonal of a box of this ``width``; ``shape`` is that of one example."""
+
+    def ascend(self, x: Array, x0: Array, gradient: Array, size: ArrayLike) -> Array:
+        """One projected step of steepest ascent from ``x`` (B, ...), which is inside.
+
+        Args:
+            x: (B, ...) where the step starts.
+            x0: (B, ...) the centre of the ball.
+            gradient: (B, ...) at ``x``; need not be finite.
+            size: length of the step in this norm, in L0 in the L1 norm; scalar or (B,).
+        """
+        return self.project(x + expand(size, x) * self.steepest(gradient), x0)
+
+    def step_size(self, x0: Array, steps: int, relative: ArrayLike | None = None) -> ArrayLike:
+        """Length of each of ``steps`` steps, as ``ascend`` takes it, scalar or (B,).
+
+        ``relative`` multiples of ``eps``; ``2.5 / steps`` of them when None (Madry et al. 2018).
+        """
+        return self.eps * (2.5 / steps if relative is None else relative)
 
     def _bounds(self, x: Array) -> tuple[Array, Array]:
         """``lo`` and ``hi``, right-aligned with the features of ``x``."""
@@ -142,7 +237,7 @@ class Threat(abc.ABC):
         zero = jnp.where(jnp.isfinite(zero), zero, 0.0)
         lo, hi = (rows(bound) + expand(zero, x) for bound in self._bounds(x))
         eps = jnp.asarray(self.eps, x.dtype) + zero
-        return type(self)(eps, lo, hi)  # type: ignore[call-arg]
+        return dataclasses.replace(self, eps=eps, lo=lo, hi=hi)  # type: ignore[type-var]
 
     def check_shapes(self, x: Array) -> None:
         """Raise ``ValueError`` if ``eps``, ``lo`` or ``hi`` cannot broadcast against ``x``."""
@@ -193,7 +288,7 @@ class Threat(abc.ABC):
                 f"span [{values.min():g}, {values.max():g}]; attack inputs before normalisation "
                 "(make it the model's first layer), or give the threat model the right lo and hi"
             )
-        most = self.widest(float((hi - lo).max()), int(np.prod(x.shape[1:])))
+        most = self.widest(float((hi - lo).max()), x.shape[1:])
         if np.any(eps > most * (1 + 1e-6)):
             raise ValueError(
                 f"{name}.eps = {eps.max():g} is larger than the whole box, whose diameter in this "
@@ -224,12 +319,7 @@ class Linf(Threat):
         """
         eps = expand(self.eps, x0).astype(x0.dtype)
         lo, hi = self._bounds(x0)
-        x = jnp.clip(x, jnp.maximum(x0 - eps, lo), jnp.minimum(x0 + eps, hi))
-        # One of the differences is exact (Fast2Sum), so the tests see every overshoot and nothing
-        # else. They look at the clipped point, because XLA would fold (x0 + eps) - x0 to eps.
-        outside = (jnp.abs(x - x0) > eps) | (x - eps > x0) | (x + eps < x0)
-        inward = jnp.nextafter(*jax.lax.stop_gradient((x, x0)))
-        return jnp.where(outside, x + (inward - jax.lax.stop_gradient(x)), x)
+        return _inward(jnp.clip(x, jnp.maximum(x0 - eps, lo), jnp.minimum(x0 + eps, hi)), x0, eps)
 
     def sample(self, keys: Array, x0: Array) -> Array:
         """Uniform in the ball, then clipped to the box (Madry et al. 2018)."""
@@ -246,7 +336,7 @@ class Linf(Threat):
         """``max |x - x0|`` over features."""
         return jnp.max(jnp.abs(x - x0), axis=_features(x), initial=0.0)
 
-    def widest(self, width: float, size: int) -> float:
+    def widest(self, width: float, shape: tuple[int, ...]) -> float:
         """The width itself."""
         return width
 
@@ -298,21 +388,240 @@ class L2(Threat):
 
     def steepest(self, gradient: Array) -> Array:
         """The gradient over its norm, scaled first so that no square under- or overflows."""
-        g = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-        # The direction does not depend on the scale, so neither does its derivative.
-        largest = jax.lax.stop_gradient(
-            jnp.max(jnp.abs(g), _features(g), keepdims=True, initial=0.0)
-        )
-        # The reciprocal of a number above 2^126 is subnormal, which XLA takes for zero.
-        shrink = jnp.where(largest > 1.0, 0.125, 1.0)
-        g = (shrink * g) / jnp.where(largest > 0, shrink * largest, 1.0)
-        length = _root(jnp.sum(g * g, _features(g), keepdims=True))
+        g = _scaled(gradient)
+        length = _root(_total(g * g))
         return g / jnp.where(length > 0, length, 1.0)
 
     def distance(self, x: Array, x0: Array) -> Array:
         """``sqrt(sum (x - x0)^2)`` over features."""
         return jnp.sqrt(jnp.sum((x - x0) ** 2, _features(x)))
 
-    def widest(self, width: float, size: int) -> float:
+    def widest(self, width: float, shape: tuple[int, ...]) -> float:
         """``width * sqrt(size)``."""
-        return width * float(np.sqrt(size))
+        return width * float(np.sqrt(np.prod(shape)))
+
+
+@algorithm
+class L1(Threat):
+    """The absolute changes of all features may sum to at most ``eps``.
+
+    Args:
+        eps: radius in the units of the input; scalar or (B,).
+        lo: lower end of the box; scalar or broadcastable to one example.
+        hi: upper end of the box, likewise.
+    """
+
+    eps: ArrayLike
+    lo: ArrayLike = 0.0
+    hi: ArrayLike = 1.0
+    norm: ClassVar[str] = "L1"
+
+    def project(self, x: Array, x0: Array) -> Array:
+        """The exact projection onto ball ∩ box (Croce & Hein 2021), ``x0`` being inside the box.
+
+        The answer moves each feature by ``clip(|x - x0| - t, 0, room)``, where ``room`` is left in
+        the box on that side, for the one ``t`` at which the moves sum to ``eps``. Projecting onto
+        the ball and clipping afterwards is feasible, but falls short wherever the box binds. ``t``
+        is found by bisection over the bits of a float32, 31 passes over the features; a Newton step
+        from there makes it exact and gives it its derivative.
+
+        The moves sum to at most ``eps`` in any number of dimensions, up to the rounding of the sum
+        (2e-7 of it): each feature by itself is rounded towards ``x0``.
+        """
+        eps = expand(self.eps, x0).astype(x0.dtype)
+        lo, hi = self._bounds(x0)
+        move = x - x0
+        sign = jnp.sign(move)
+        room = jnp.maximum(jnp.where(move > 0, hi - x0, x0 - lo), 0.0)
+        size = jnp.abs(move)
+        inside = _total(jnp.minimum(size, room)) <= eps
+        # A hair inside, so that what was projected is inside the next time.
+        radius = eps * (1 - 2.0**-22)
+        shift = _shift(*jax.lax.stop_gradient((size, room, radius)))
+        moved = size > shift
+        # Subtracted from x first, which is exact next to the shift: of a point far outside of the
+        # box, x - x0 has lost the digits that count.
+        left = jnp.where(moved, sign * ((x - sign * shift) - x0), 0.0)
+        free = moved & (left <= room)
+        excess = _total(jnp.clip(left, 0.0, room)) - radius
+        left = jnp.clip(left - excess / jnp.maximum(_total(free), 1), 0.0, room)
+        left = jnp.where(moved, left, 0.0)
+        # One, but for rounding.
+        total = _total(left)
+        ratio = jnp.minimum(1.0, radius / jnp.where(total > 0, total, 1.0))
+        left = left * jax.lax.stop_gradient(ratio)
+        shrunk = _inward(jnp.clip(x0 + sign * left, lo, hi), x0, left)
+        return jnp.where(inside, jnp.clip(x, lo, hi), shrunk)
+
+    def sample(self, keys: Array, x0: Array) -> Array:
+        """Uniform in the ball, then projected into the box.
+
+        ``d`` exponential variables with random signs, over their sum and one more of them (Barthe
+        et al. 2005).
+        """
+
+        def draw(key: Array) -> Array:
+            direction, depth = jax.random.split(key)
+            laplace = jax.random.laplace(direction, x0.shape[1:], x0.dtype)
+            return laplace / (jnp.sum(jnp.abs(laplace)) + jax.random.exponential(depth))
+
+        return self.project(x0 + expand(self.eps, x0) * jax.vmap(draw)(keys), x0)
+
+    def steepest(self, gradient: Array, density: ArrayLike | None = None) -> Array:
+        """The sign of the largest entries of the gradient, over their number.
+
+        Args:
+            gradient: (B, ...).
+            density: share of the features to move, scalar or (B,) in (0, 1], at least one feature.
+                None moves the single steepest one, along which the gradient ascends fastest; sparse
+                L1 descent (Tramèr & Boneh 2019) moves 0.01, L1-APGD (Croce & Hein 2021) a share
+                that falls from 0.2. Equal entries move together.
+        """
+        g = jnp.where(jnp.isnan(gradient), 0.0, gradient)
+        size = np.prod(g.shape[1:], dtype=int)
+        count = 1.0 if density is None else jnp.maximum(1.0, jnp.round(expand(density, g) * size))
+        rank = jax.lax.stop_gradient(jnp.abs(g))
+        chosen = jnp.where(rank >= _level(rank, jnp.ones_like(rank), count), jnp.sign(g), 0.0)
+        return chosen / jnp.maximum(_total(jnp.abs(chosen)), 1.0)
+
+    def ascend(self, x: Array, x0: Array, gradient: Array, size: ArrayLike) -> Array:
+        """One projected step along the steepest direction that stays in the box.
+
+        Fills features up to their bound, the steepest first, until the changes sum to ``size``: no
+        other step of that length in the box gains as much to first order (the steepest step of
+        Croce & Hein 2021). A single feature or a fixed share of them cannot do that: the first
+        loses what goes beyond the bound, the second never leaves the features it shares the step
+        between for the best ones.
+
+        Each filled feature is pushed by ``size``, beyond its bound: the projection takes the same
+        off all features, so what is held by the box stays full, and the worst case of a linear
+        model, which one step of length ``eps`` from the input reaches, is where steps end.
+        """
+        g = jnp.where(jnp.isnan(gradient), 0.0, gradient)
+        lo, hi = self._bounds(x)
+        room = jnp.where(g > 0, hi - x, jnp.where(g < 0, x - lo, 0.0))
+        size = expand(size, x)
+        rank = jnp.abs(g)
+        level = _level(*jax.lax.stop_gradient((rank, room, size)))
+        full, partly = (jnp.where(some, room, 0.0) for some in (rank > level, rank == level))
+        most = _total(partly)
+        share = jnp.clip((size - _total(full)) / jnp.where(most > 0, most, 1.0), 0.0, 1.0)
+        push = jnp.where(rank > level, size, share * partly)
+        return self.project(x + jnp.sign(g) * push, x0)
+
+    def distance(self, x: Array, x0: Array) -> Array:
+        """``sum |x - x0|`` over features."""
+        return jnp.sum(jnp.abs(x - x0), _features(x))
+
+    def widest(self, width: float, shape: tuple[int, ...]) -> float:
+        """``width * size``."""
+        return width * float(np.prod(shape))
+
+
+@algorithm
+class L0(Threat):
+    """At most ``eps`` locations may change, each to anything in the box.
+
+    Args:
+        eps: number of locations; scalar or (B,). ``check`` refuses fractions; inside ``jit``, where
+            values cannot be checked, they are rounded down.
+        lo: lower end of the box; scalar or broadcastable to one example.
+        hi: upper end of the box, likewise.
+        pixels: whether a location is a pixel, all entries of the last axis (channels last), or
+            every single feature.
+    """
+
+    eps: ArrayLike
+    lo: ArrayLike = 0.0
+    hi: ArrayLike = 1.0
+    pixels: bool = static(default=True)
+    norm: ClassVar[str] = "L0"
+
+    def _locations(self, values: Array) -> Array:
+        """The sum over each location: (B, ..., C) -> (B, ..., 1) if that is a pixel."""
+        return jnp.sum(values, -1, keepdims=True) if self.pixels else values
+
+    def _count(self, x: Array) -> Array:
+        return jnp.floor(expand(self.eps, x)).astype(x.dtype)
+
+    def project(self, x: Array, x0: Array) -> Array:
+        """The exact projection onto ball ∩ box (Croce & Hein 2019), ``x0`` being inside the box.
+
+        Clips to the box, and keeps the locations whose change brings it closest to ``x``; of
+        locations that are worth the same, the first. The others are those of ``x0`` to the bit.
+        """
+        lo, hi = self._bounds(x0)
+        inside = jnp.clip(x, lo, hi)
+        change = inside - x0
+        # |x - x0|^2 - |x - inside|^2
+        worth = self._locations(change * (2 * (x - x0) - change))
+        return jnp.where(_best(worth, self._count(x0)), inside, x0)
+
+    def sample(self, keys: Array, x0: Array) -> Array:
+        """Uniform in ball ∩ box: ``eps`` locations, each set of them as likely, at any values.
+
+        The released PGD_0 starts elsewhere, from the projection of uniform noise on all features.
+        """
+        lo, hi = self._bounds(x0)
+
+        def draw(key: Array) -> tuple[Array, Array]:
+            where, what = jax.random.split(key)
+            shape = jax.eval_shape(self._locations, x0).shape[1:]
+            return (
+                jax.random.uniform(where, shape, x0.dtype),
+                jax.random.uniform(what, x0.shape[1:], x0.dtype),
+            )
+
+        rank, values = jax.vmap(draw)(keys)
+        values = jnp.clip(lo + values * (hi - lo), lo, hi)
+        return jnp.where(_best(rank, self._count(x0)), values, x0)
+
+    def steepest(self, gradient: Array) -> Array:
+        """The gradient over the sum of its absolute values, as in PGD_0 (Croce & Hein 2019).
+
+        How far a location moves costs nothing in this norm, so there is no direction of unit norm:
+        a step is measured by the sum of its changes, and the projection decides which locations
+        are worth keeping. The longer the step, the more that is decided by the gain to first order;
+        the shorter, the more by the changes made before.
+        """
+        g = _scaled(gradient)
+        total = _total(jnp.abs(g))
+        return g / jnp.where(total > 0, total, 1.0)
+
+    def step_size(self, x0: Array, steps: int, relative: ArrayLike | None = None) -> ArrayLike:
+        """``relative`` multiples, one when None, of twice the sum of the widths of the box, (B,).
+
+        The average feature is then moved by twice the width, however many the steps: changes do not
+        add up over steps as in the other norms, and on a linear model steps of that length find
+        nearly the best locations. PGD_0's released length for CIFAR-10, 120000 / 255, is 0.15 sums
+        of widths, where the changes made before count for more than the gradient.
+        """
+        lo, hi = self._bounds(x0)
+        widths = jnp.sum(jnp.broadcast_to(hi - lo, x0.shape), _features(x0))
+        return 2.0 * widths * (1.0 if relative is None else relative)
+
+    def distance(self, x: Array, x0: Array) -> Array:
+        """The number of locations at which ``x`` and ``x0`` differ."""
+        return jnp.sum(self._locations((x != x0).astype(jnp.float32)) > 0, _features(x)).astype(
+            jnp.float32
+        )
+
+    def widest(self, width: float, shape: tuple[int, ...]) -> float:
+        """The number of locations."""
+        return float(np.prod(shape[:-1] if self.pixels else shape))
+
+    def check_shapes(self, x: Array) -> None:
+        """See :meth:`Threat.check_shapes`; also refuses to count pixels without a channel axis."""
+        super().check_shapes(x)
+        if self.pixels and x.ndim < 3:
+            raise ValueError(
+                f"L0 counts pixels, whose channels are the last axis, but x of shape {x.shape} has "
+                "only one feature axis; count features with L0(eps, pixels=False)"
+            )
+
+    def check(self, x: Array) -> None:
+        """See :meth:`Threat.check`; also refuses fractions of a location."""
+        eps = np.asarray(self.eps, np.float64)
+        if np.any(eps != np.floor(eps)):
+            raise ValueError(f"L0.eps counts locations, so it must be whole, got {self.eps}")
+        super().check(x)

@@ -16,7 +16,7 @@ from jrobust.attacks import (
     union,
 )
 from jrobust.smoothing import Gaussian
-from jrobust.threat import L2, Linf, Threat
+from jrobust.threat import L0, L1, L2, Linf, Threat
 from jrobust.training import TRADES, Adversarial, GaussianAugmentation, Standard
 from jrobust.zeroth_order import CGE, RGE
 
@@ -29,7 +29,8 @@ class Entry:
         name: its public name in ``jrobust.attacks``.
         make: the attack for a threat model, few steps.
         also: further public names that the entry covers (the class behind a function).
-        threats: the threat models it is defined for.
+        threats: the threat models it is defined for. Programs of more than one attack (``also``)
+            are compiled for the last two in the full tier only.
         random: whether its result depends on the key.
         targeted: whether it takes ``targets=``.
         gain: by how much it lowers accuracy at least on the suite's model, at the suite's radius.
@@ -40,7 +41,7 @@ class Entry:
     name: str
     make: Callable[[Threat], Attack]
     also: tuple[str, ...] = ()
-    threats: tuple[type, ...] = (Linf, L2)
+    threats: tuple[type, ...] = (Linf, L2, L1, L0)
     random: bool = True
     targeted: bool = True
     gain: float = 0.5
@@ -53,7 +54,7 @@ ATTACKS = [
     Entry("MIFGSM", lambda t: MIFGSM(t, steps=4), random=False, own=False),
     Entry("PGD", lambda t: PGD(t, steps=4)),
     Entry("restarts", lambda t: restarts(PGD(t, steps=2), 2), ("Restarts",)),
-    Entry("sequence", lambda t: sequence(FGSM(t), PGD(t, steps=3)), ("Sequence",)),
+    Entry("sequence", lambda t: sequence(PGD(t, steps=2), FGSM(t)), ("Sequence",)),
     Entry(
         "union",
         lambda t: union(FGSM(t), MIFGSM(t, steps=3)),

@@ -9,19 +9,20 @@ import pytest
 
 import jrobust
 from jrobust import drive, keys, losses
-from jrobust._algorithm import algorithm
+from jrobust._algorithm import algorithm, static
 from jrobust.attacks import (
     FGSM,
     MIFGSM,
     PGD,
     RSFGSM,
     AttackResult,
+    GradientAttack,
     restarts,
     sequence,
     union,
     with_eps,
 )
-from jrobust.threat import L2, Linf
+from jrobust.threat import L0, L1, L2, Linf, Threat, expand
 from jrobust.zeroth_order import CGE
 
 # ------------------------------------------------------------------ linear models: closed forms
@@ -36,7 +37,7 @@ class Linear:
         return x.reshape(x.shape[0], -1) @ self.weights + self.bias
 
 
-DUAL = {Linf: 1, L2: 2}
+DUAL = {Linf: 1, L2: 2, L1: np.inf}
 
 
 def separated(classes, shape, batch, seed=0):
@@ -91,6 +92,9 @@ REACHING = {
         ("FGSM", Linf, losses.dlr, 4, False, 8, (2, 2, 3)),
         ("FGSM", L2, losses.margin, 3, False, 8, (3, 3)),
         ("MIFGSM", L2, losses.margin, 3, False, 3, (2, 2, 3)),
+        ("PGD", L1, losses.margin, 3, False, 8, (9,)),
+        ("plain", L1, losses.cross_entropy, 2, True, 8, (2, 3)),
+        ("FGSM", L1, losses.dlr, 4, False, 3, (2, 2, 3)),
     ],
 )
 def test_linear_models_fall_at_the_minimal_distance_and_never_below(
@@ -113,7 +117,14 @@ def test_linear_models_fall_at_the_minimal_distance_and_never_below(
             assert np.all(result.step == -1)
 
 
-@pytest.mark.parametrize("kind", [Linf, L2])
+def greedy(w, room, eps):
+    """What an L1 budget gains at most on a linear model: the steepest features, to the box."""
+    order = np.argsort(-np.abs(w))
+    before = np.cumsum(room[order]) - room[order]
+    return np.sum(np.abs(w[order]) * np.clip(eps - before, 0, room[order]))
+
+
+@pytest.mark.parametrize("kind", [Linf, L2, L1])
 def test_linear_models_fall_at_the_minimal_distance_where_the_box_binds(kind, key):
     """The minimal radius by bisection in float64: half of the inputs sit at the box."""
     rng = np.random.default_rng(3)
@@ -130,6 +141,8 @@ def test_linear_models_fall_at_the_minimal_distance_where_the_box_binds(kind, ke
         def reach(eps, row=row):
             if kind is Linf:
                 return np.sum(w * (np.clip(row + eps * np.sign(w), 0, 1) - row))
+            if kind is L1:
+                return greedy(w, np.where(w > 0, 1 - row, row), eps)
             lower, upper = 0.0, 1e6
             for _ in range(200):
                 t = (lower + upper) / 2
@@ -137,7 +150,7 @@ def test_linear_models_fall_at_the_minimal_distance_where_the_box_binds(kind, ke
                 lower, upper = (t, upper) if np.linalg.norm(move) < eps else (lower, t)
             return np.sum(w * np.clip(lower * w, -row, 1 - row))
 
-        lower, upper = 0.0, np.sqrt(d) + 1
+        lower, upper = 0.0, d
         for _ in range(60):
             middle = (lower + upper) / 2
             lower, upper = (middle, upper) if reach(middle) < most / 2 else (lower, middle)
@@ -169,6 +182,100 @@ def test_linear_models_fall_at_the_minimal_distance_where_the_box_binds(kind, ke
         )
         result = jrobust.run(attack, key, frozen_bias, stacked, y)
         np.testing.assert_array_equal(result.success, np.full(batch, falls))
+
+
+def linear_case(d, batch=12, seed=0):
+    """Weights (d,) of very unequal size, and inputs (batch, d), a third of them at the box."""
+    rng = np.random.default_rng(seed)
+    w = np.float32(rng.normal(size=d) * rng.exponential(size=d))
+    x = rng.random((batch, d))
+    x = np.float32(np.where(rng.random(x.shape) < 0.3, np.round(x), x))
+    return w, x
+
+
+def score(w):
+    """Two logits whose difference is ``w.x``; class 1 is never left, so attacks spend all steps."""
+
+    def model(x):
+        gained = x.reshape(x.shape[0], -1) @ w
+        return jnp.stack([gained, 1e4 + 0 * gained], 1)
+
+    return model
+
+
+def gains(result, w, x):
+    moved = np.float64(result.x).reshape(len(x), -1) - x.reshape(len(x), -1)
+    return moved @ np.float64(w)
+
+
+@algorithm
+class SparseDescent(GradientAttack):
+    """Steps of fixed sparsity (Tramèr & Boneh 2019), with the exact projection or a rescaling."""
+
+    threat: Threat
+    density: float = 0.1
+    exact: bool = static(default=True)
+    steps: int = static(default=20)
+    loss: losses.Loss = static(default=losses.margin)
+    keep: str = static(default="last")
+
+    def start(self, record):
+        return record.x0, None
+
+    def move(self, state, loss, gradient):
+        ball, x0 = state.record.threat, state.record.x0
+        size = expand(2.5 / self.steps * ball.eps, x0)
+        x = state.x + size * ball.steepest(gradient, self.density)
+        if self.exact:
+            return ball.project(x, x0), None
+        length = jnp.sum(jnp.abs(x - x0), axis=1, keepdims=True)
+        size = expand(ball.eps, x0)
+        return jnp.clip(x0 + (x - x0) * jnp.minimum(1.0, size / length), 0.0, 1.0), None
+
+
+def test_l1_comes_close_to_the_best_of_a_linear_model(key):
+    """Where sign steps of fixed sparsity, however projected, spread the budget for good."""
+    w, x = linear_case(400)
+    y, eps = np.ones(len(x), int), np.float32(6.0)
+    room = np.where(w > 0, 1 - np.float64(x), np.float64(x))
+    best = np.array([greedy(np.float64(w), row, eps) for row in room])
+
+    def reached(attack):
+        return gains(jrobust.run(attack, key, score(w), x, y), w, x) / best
+
+    options = {"loss": losses.margin, "keep": "last"}
+    np.testing.assert_allclose(reached(FGSM(L1(eps), **options)), 1, rtol=1e-5)
+    np.testing.assert_allclose(reached(PGD(L1(eps), random_start=False, **options)), 1, rtol=1e-5)
+    assert np.all(reached(PGD(L1(eps), **options)) > 0.999)
+    for exact in (True, False):
+        assert np.all(reached(SparseDescent(L1(eps), exact=exact)) < 0.95)
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_l0_finds_the_best_locations_of_a_linear_model(pixels, key):
+    """The ones of highest gain, moved to their better bound."""
+    w, x = linear_case(120)
+    x = x.reshape(-1, 5, 8, 3)
+    y, eps = np.ones(len(x), int), 4
+    gain = np.where(
+        w > 0, w * (1 - np.float64(x).reshape(len(x), -1)), -w * np.float64(x).reshape(len(x), -1)
+    )
+    gain = gain.reshape(len(x), -1, 3).sum(2) if pixels else gain
+    best = np.sort(gain, 1)[:, -eps:].sum(1)
+    ball = L0(eps, pixels=pixels)
+
+    def run(**options):
+        attack = PGD(ball, loss=losses.margin, keep="last", **options)
+        return jrobust.run(attack, key, score(w), x, y)
+
+    for random_start in (True, False):
+        result = run(random_start=random_start)
+        np.testing.assert_array_equal(result.distance, np.full(len(x), eps))
+        assert np.all(gains(result, w, x) > 0.97 * best)
+    exact = run(step_size=1e6, random_start=False, steps=1)
+    np.testing.assert_allclose(gains(exact, w, x), best, rtol=1e-5)
+    at_bound = np.asarray(exact.x)[np.asarray(exact.x) != x]
+    assert np.all((at_bound == 0) | (at_bound == 1))
 
 
 @pytest.mark.parametrize("kind", [Linf, L2])
@@ -253,9 +360,24 @@ def gradient64(net, x, y):
 def project64(kind, x, x0, eps):
     if kind is Linf:
         return np.clip(np.clip(x, x0 - eps, x0 + eps), 0, 1)
+    if kind is L0:
+        inside = np.clip(x, 0, 1)
+        worth = np.sum((x - x0) ** 2 - (x - inside) ** 2, axis=2)
+        kept = np.argsort(np.argsort(-worth, axis=1, kind="stable"), axis=1) < eps
+        return np.where(kept[..., None], inside, x0)
     out = []
     for row, start in zip(x, x0):
         move, lower, upper = row - start, 0.0, 1.0
+        if kind is L1:
+            room = np.where(move > 0, 1 - start, start)
+            size, upper = np.abs(move), np.abs(move).max()
+            inside = np.minimum(size, room).sum() <= eps
+            for _ in range(100):
+                t = 0.0 if inside else (lower + upper) / 2
+                moved = np.clip(size - t, 0, room)
+                lower, upper = (lower, t) if moved.sum() <= eps else (t, upper)
+            out.append(start + np.sign(move) * moved)
+            continue
         if np.linalg.norm(np.clip(row, 0, 1) - start) <= eps:
             lower = 1.0
         else:
@@ -283,8 +405,19 @@ def reference(net, kind, eps, x0, start, y, *, steps, size, momentum=None):
             g = velocity
         if kind is Linf:
             direction = np.sign(g)
-        else:
+        elif kind is L2:
             direction = g / np.sqrt((g**2).sum((1, 2), keepdims=True))
+        elif kind is L0:
+            direction = g / np.abs(g).sum((1, 2), keepdims=True)
+        else:
+            room = np.where(g > 0, 1 - x, x).reshape(len(x), -1)
+            order = np.argsort(-np.abs(g).reshape(len(x), -1), axis=1)
+            ordered = np.take_along_axis(room, order, 1)
+            left = size - (np.cumsum(ordered, 1) - ordered)
+            pushed = np.where(left > ordered, size, np.maximum(left, 0.0))
+            direction = np.empty_like(room)
+            np.put_along_axis(direction, order, pushed / size, 1)
+            direction = direction.reshape(x.shape) * np.sign(g)
         x = project64(kind, x + size * direction, np.float64(x0), eps)
     return np.array(points), np.array(values), np.array(predictions)
 
@@ -297,10 +430,14 @@ def reference(net, kind, eps, x0, start, y, *, steps, size, momentum=None):
         (Linf, 1.0, "loss", False),
         (L2, None, "loss", True),
         (L2, 0.7, "last", False),
+        (L1, None, "success", True),
+        (L1, 0.7, "last", False),
+        (L0, None, "loss", False),
     ],
 )
 def test_pgd_is_the_numpy_loop(kind, momentum, keep, random_start, key):
-    eps, steps, size = (0.1, 7, 0.03) if kind is Linf else (0.25, 7, 0.08)
+    steps = 7
+    eps, size = {Linf: (0.1, 0.03), L2: (0.25, 0.08), L1: (0.4, 0.1), L0: (1, 0.12)}[kind]
     x, y = sample()
     attack = PGD(
         kind(eps),
@@ -682,7 +819,7 @@ def test_nan_gradients_leave_points_finite_and_inside(momentum, key):
         return jnp.stack([z * 0 + 50, jnp.sqrt(z - z) + z], 1)  # value finite, derivative not
 
     x = np.float32(np.random.default_rng(0).random((4, 2, 3)))
-    for kind in (Linf, L2):
+    for kind in (Linf, L2, L1):
         attack = PGD(kind(0.1), steps=3, momentum=momentum, keep="last")
         result = jrobust.run(attack, key, model, x, np.zeros(4, int))
         assert np.all(np.isfinite(result.x))
@@ -717,7 +854,8 @@ def test_a_lane_stops_only_if_the_judge_agrees(key):
 # -------------------------------------------------------------------- transformations
 
 
-def test_pgd_differentiates_in_reverse_like_finite_differences(key):
+@pytest.mark.parametrize("kind", [L2, L1])
+def test_pgd_differentiates_in_reverse_like_finite_differences(kind, key):
     """Through the attack to the model's parameters, the input and the radius."""
     eps, steps, rel = 0.2, 3, 0.5
     rng = np.random.default_rng(5)
@@ -726,16 +864,16 @@ def test_pgd_differentiates_in_reverse_like_finite_differences(key):
     weights = rng.normal(size=x.shape)
 
     def total(net, x, eps):
-        attack = PGD(L2(eps), steps=steps, rel_step_size=rel, keep="last")
+        attack = PGD(kind(eps), steps=steps, rel_step_size=rel, keep="last")
         return jnp.sum(np.float32(weights) * attack(key, net, x, y).x)
 
     by_net, by_x, by_eps = jax.jit(jax.grad(total, (0, 1, 2)))(NET, x, jnp.float32(eps))
     each = keys.fold(keys.examples(key, jnp.arange(4)), 0)
-    unit = (np.float64(L2(np.float32(eps)).sample(each, x)) - x) / eps
+    unit = (np.float64(kind(np.float32(eps)).sample(each, x)) - x) / eps
 
     def total64(inner, outer, x, eps):
         points, _, _ = reference(
-            Net(inner, outer), L2, eps, x, x + eps * unit, y, steps=steps, size=eps * rel
+            Net(inner, outer), kind, eps, x, x + eps * unit, y, steps=steps, size=eps * rel
         )
         return np.sum(weights * points[-1])
 
@@ -749,7 +887,8 @@ def test_pgd_differentiates_in_reverse_like_finite_differences(key):
                 moved[i][index] += sign * h
                 ends.append(total64(*moved))
             want[index] = (ends[0] - ends[1]) / (2 * h)
-        assert np.abs(want).max() > 0.05
+        # Which features an L1 step moves, and by how much, does not change with the model.
+        assert np.abs(want).max() > 0.05 or (kind is L1 and i < 2)
         np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
 
 

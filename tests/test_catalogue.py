@@ -12,10 +12,17 @@ import pytest
 import jrobust
 from jrobust import attacks, keys
 from jrobust.attacks import with_eps
-from jrobust.threat import Linf
+from jrobust.threat import L0, Linf
 
 BATCH = 16
-RADII = {"Linf": 0.3, "L2": 0.6}
+# Two radii of each norm, and the norm of a perturbation (B, 2, 3) in float64.
+RADII = {"Linf": (0.3, 0.1), "L2": (0.6, 0.2), "L1": (1.0, 0.3), "L0": (1.0, 0.0)}
+NORMS = {
+    "Linf": lambda move: np.abs(move).max((1, 2)),
+    "L2": lambda move: np.sqrt((move**2).sum((1, 2))),
+    "L1": lambda move: np.abs(move).sum((1, 2)),
+    "L0": lambda move: (move != 0).any(2).sum(1),
+}
 RNG = np.random.default_rng(0)
 INNER = np.float32(RNG.normal(size=(6, 8)))
 OUTER = np.float32(RNG.normal(size=(8, 4)))
@@ -48,15 +55,21 @@ Y = np.asarray(NET(X)).argmax(1)
 Y[0] = (Y[0] + 1) % 4
 IDS = np.arange(BATCH) + 10
 
+
+def standard(entry, place):
+    """Whether the ``place``-th norm of an entry is tested in the standard tier."""
+    return place == 0 or (entry.own and (place < 2 or not entry.also))
+
+
 PAIRS = [
     pytest.param(
         entry,
         kind,
         id=f"{entry.name}-{kind.norm}",
-        marks=() if entry.own or kind is entry.threats[0] else pytest.mark.full,
+        marks=() if standard(entry, place) else pytest.mark.full,
     )
     for entry in catalogue.ATTACKS
-    for kind in entry.threats
+    for place, kind in enumerate(entry.threats)
 ]
 OWN = [
     pytest.param(entry, id=entry.name, marks=() if entry.own else pytest.mark.full)
@@ -71,14 +84,14 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize(("entry", "kind"), PAIRS)
 def test_contract(entry, kind, key):
-    eps = np.float32(RADII[kind.norm])
+    eps, less = np.float32(RADII[kind.norm])
     attack = entry.make(kind(eps))
     result = jrobust.run(attack, key, NET, X, Y, ids=IDS)
 
     # Feasible, in float64.
-    x, move = np.float64(result.x), np.float64(result.x).reshape(BATCH, -1) - X.reshape(BATCH, -1)
-    norm = np.abs(move).max(1) if kind is Linf else np.linalg.norm(move, axis=1)
-    assert np.all(norm <= eps + (0 if kind is Linf else 1e-6))
+    x = np.float64(result.x)
+    norm = NORMS[kind.norm](x - X)
+    assert np.all(norm <= eps + (0 if kind in (Linf, L0) else 1e-6))
     assert np.all((x >= 0) & (x <= 1))
     np.testing.assert_allclose(result.distance, norm, rtol=1e-5, atol=1e-7)
 
@@ -106,8 +119,8 @@ def test_contract(entry, kind, key):
     shuffled = jrobust.run(attack, key, NET, X[order], Y[order], ids=IDS[order])
     assert_same(shuffled, jax.tree.map(lambda a: a[order], result))
     assert_same(jrobust.run(entry.make(kind(eps)), key, NET, X, Y, ids=IDS), result)
-    smaller = jrobust.run(entry.make(kind(eps / 3)), key, NET, X, Y, ids=IDS)
-    assert np.all(smaller.distance <= eps / 3 + 1e-6)
+    smaller = jrobust.run(entry.make(kind(less)), key, NET, X, Y, ids=IDS)
+    assert np.all(smaller.distance <= less + 1e-6)
     other = jrobust.run(attack, jax.random.key(7), NET, X, Y, ids=IDS)
     assert Net.traces == traces
     assert np.array_equal(other.x, result.x) != entry.random

@@ -11,7 +11,7 @@ from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks._base import GradientAttack, Record, State
-from jrobust.threat import Threat, expand
+from jrobust.threat import Threat
 
 Array = jax.Array
 
@@ -21,14 +21,18 @@ class PGD(GradientAttack):
     """Projected gradient descent (Madry et al. 2018; without start Kurakin et al. 2017).
 
     ``x_{t+1} = project(x_t + step_size * steepest(gradient))`` from a random point of the ball. The
-    first misclassified point ends the example, the start included.
+    first misclassified point ends the example, the start included. The step is
+    ``threat.ascend``: in L1 it heeds the box (Croce & Hein 2021), in L0 it is that of PGD_0 (Croce
+    & Hein 2019).
 
     Args:
         threat: the ball and box to stay in.
         steps: moves from the start; costs ``steps`` gradients and ``steps + 1`` forward passes.
         step_size: length of a move in the threat model's norm and the units of x; scalar or (B,).
+            In L0, which has no lengths, the sum of absolute changes.
         rel_step_size: the same in multiples of ``eps``, so that it follows a sweep over eps. When
-            neither is given, ``2.5 / steps`` (Madry et al.).
+            neither is given, ``2.5 / steps`` (Madry et al.). In L0, in multiples of twice the sum
+            of the widths of the box, and one: see ``threat.step_size``.
         random_start: whether to start from ``threat.sample`` or from the input itself.
         gaussian_start: with a random start, the standard deviation of a Gaussian around the input
             to start from instead (TRADES, Zhang et al. 2019, algorithm 1: 0.001).
@@ -76,11 +80,10 @@ class PGD(GradientAttack):
 
     def start(self, record: Record) -> tuple[Array, Any]:
         """A random or the clean point; carries the step size and the momentum, if any."""
-        x, eps = self._start_point(record), record.threat.eps
+        x, x0, threat = self._start_point(record), record.x0, record.threat
+        size = threat.step_size(x0, self.steps, self.rel_step_size)
         if self.step_size is not None:
-            size = 0.0 * eps + self.step_size
-        else:
-            size = eps * (2.5 / self.steps if self.rel_step_size is None else self.rel_step_size)
+            size = 0.0 * size + self.step_size
         return x, (size, None if self.momentum is None else jnp.zeros_like(x))
 
     def move(self, state: State, loss: Array, gradient: Array) -> tuple[Array, Any]:
@@ -91,14 +94,14 @@ class PGD(GradientAttack):
             scale = jnp.sum(jnp.abs(finite), tuple(range(1, finite.ndim)), keepdims=True)
             velocity = self.momentum * velocity + finite / jnp.where(scale > 0, scale, 1.0)
             gradient = velocity
-        x = state.x + expand(size, state.x) * threat.steepest(gradient)
-        return threat.project(x, state.record.x0), (size, velocity)
+        return threat.ascend(state.x, state.record.x0, gradient, size), (size, velocity)
 
 
 def FGSM(threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str = "success") -> PGD:
     """Fast gradient (sign) method: one full step from the input (Goodfellow et al. 2015).
 
-    In L2 this is the fast gradient method, ``x + eps g / |g|``.
+    In L2 this is the fast gradient method, ``x + eps g / |g|``; in L1 it fills the steepest
+    features up to the box until ``eps`` is spent.
 
     Args:
         threat: the ball and box to stay in.
