@@ -474,8 +474,8 @@ class L1(Threat):
             gradient: (B, ...).
             density: share of the features to move, scalar or (B,) in (0, 1], at least one feature.
                 None moves the single steepest one, along which the gradient ascends fastest; sparse
-                L1 descent (Tramèr & Boneh 2019) moves 0.01, L1-APGD (Croce & Hein 2021) a share
-                that falls from 0.2. Equal entries move together.
+                L1 descent (Tramèr & Boneh 2019) moves a fixed share, L1-APGD (Croce & Hein 2021)
+                one that falls from 0.2. Equal entries move together.
         """
         g = jnp.where(jnp.isnan(gradient), 0.0, gradient)
         size = np.prod(g.shape[1:], dtype=int)

@@ -278,6 +278,8 @@ def hard(name):
     if name == "one feature after the other reaches the box":
         # A move that grows fivefold from feature to feature: fixed numbers of rounds fall short.
         return 0.5 + 0.01 * 5.0 ** np.arange(14.0)[None], np.full((1, 14), 0.5), np.sqrt(2.575)
+    if name == "far outside":
+        return 1e4 + rng.random((32, 16)), rng.random((32, 16)), 1.5
     if name == "zero move":
         x0 = rng.random((4, 6))
         return x0, x0, 0.5
@@ -297,6 +299,7 @@ def hard(name):
         "eps close to the diameter",
         "corner",
         "one feature after the other reaches the box",
+        "far outside",
         "zero move",
         "zero eps",
         "one feature",

@@ -122,7 +122,7 @@ class FitEvent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FitReport:
-    """A training run.
+    """A training run, finished or diverged.
 
     Attributes:
         state: after the last update.
