@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jax.sharding import Mesh
 from jrobust import _run, drive, parallel, smoothing
 from jrobust._algorithm import describe
 from jrobust.data import Dataset
-from jrobust.loops import _identity
 from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
@@ -27,7 +25,7 @@ from jrobust.loops._lanes import (
     rows,
     surroundings,
 )
-from jrobust.loops._programs import Clock, Job, Program, compile_all, compile_within
+from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.smoothing._votes import default_chunk
 from jrobust.statistics._binomial import check_probability
 
@@ -147,15 +145,20 @@ class _Certification:
         self._described = describe(noise)
         self._model, self._noise = _run.as_pytree(logits_fn), _run.strong(noise)
         self._lanes = lane_count(batch_size, len(data), self._mesh)
-        self._directory, self._resume, self._memory = directory, resume, memory
+        self._directory, self._resume = directory, resume
         if chunk is None and directory is not None and resume:
             # The shape of an interrupted run's forward passes is part of what it is.
             chunk = stored_configuration(directory).get("chunk")
-        self._planned = chunk is None
-        self._chunk = default_chunk(self._lanes // self._mesh.size, data.x.shape[1:])
-        self._chunk = min(n, self._chunk if chunk is None else chunk)
+        most = default_chunk(self._lanes // self._mesh.size, data.x.shape[1:])
         self._clock = Clock()
-        self._programs: dict[str, Program] | None = None
+        self._programs = Programs(
+            self._jobs,
+            min(n, most if chunk is None else chunk),
+            self._mesh,
+            self._clock,
+            planned=chunk is not None,
+            memory=memory,
+        )
 
     def _lane(self, index: np.ndarray) -> tuple[Any, ...]:
         data = self._data
@@ -168,33 +171,15 @@ class _Certification:
             for name, key, samples in zip(_STAGES, self._stages, (self._n0, self._n))
         }
 
-    def _compile(self) -> dict[str, Program]:
-        if self._programs is None and self._planned:
-            self._chunk, self._programs = compile_within(
-                self._jobs, self._chunk, 1, self._memory, self._mesh, self._clock
-            )
-        elif self._programs is None:
-            self._programs = compile_all(self._jobs(self._chunk), self._mesh, self._clock)
-        return self._programs
-
     def warm_up(self) -> dict[str, float]:
-        return {name: program.seconds for name, program in self._compile().items()}
+        return self._programs.seconds()
 
     def _identity(self) -> dict[str, str]:
-        data = self._data
-        programs = "".join(
-            _identity.program(job.fn, *job.args) for job in self._jobs(self._chunk).values()
-        )
-        return {
-            "data_sha256": _identity.arrays(data.x, data.y, data.id),
-            "variables_sha256": _identity.arrays(self._model),
-            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
-        }
+        return self._programs.identity((self._data.x, self._data.y, self._data.id), self._model)
 
     def events(self) -> Iterator[CertificationEvent]:
         data, noise, alpha, total = self._data, self._noise, self._alpha, len(self._data)
-        if self._planned:
-            self._compile()
+        chunk = self._programs.plan()
         configuration = {
             "noise": self._described,
             "n0": self._n0,
@@ -202,7 +187,7 @@ class _Certification:
             "alpha": alpha,
             "radius_ceiling": self._reach,
             "batch_size": self._lanes,
-            "chunk": self._chunk,
+            "chunk": chunk,
             "examples": total,
             **surroundings(self._key, self._mesh),
         }
@@ -211,7 +196,7 @@ class _Certification:
         )
 
         def vote(index: np.ndarray, mask: np.ndarray) -> Arrays:
-            programs, batch = self._compile(), self._lane(index)
+            programs, batch = self._programs.compiled(), self._lane(index)
             with self._clock.measure("run"):
                 return {
                     name: parallel.fetch(programs[name](key, *batch))[mask]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from jrobust.loops._lanes import (
     rows,
     surroundings,
 )
-from jrobust.loops._programs import Clock, Job, Program, compile_all, compile_within
+from jrobust.loops._programs import Clock, Job, Programs
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -162,14 +161,21 @@ class _Evaluation:
             _run.check(attack, key, logits_fn, data.x, data.y, data.id)
         self._model = logits_fn if self._host else _run.as_pytree(logits_fn)
         self._attacks = [_run.strong(attack) for attack in self._named.values()]
-        self._directory, self._resume, self._memory = directory, resume, memory
-        self._planned = batch_size is None and not self._host
-        if self._planned and directory is not None and resume:
+        self._directory, self._resume = directory, resume
+        planned = batch_size is not None or self._host
+        if not planned and directory is not None and resume:
             # The lanes of an interrupted run are part of what it is.
             batch_size = stored_configuration(directory).get("batch_size")
-            self._planned = batch_size is None
-        self._lanes = lane_count(batch_size, len(data), self._mesh)
-        self._programs: dict[str, Program] | None = None
+            planned = batch_size is not None
+        self._programs = Programs(
+            self._jobs,
+            lane_count(batch_size, len(data), self._mesh),
+            self._mesh,
+            self._clock,
+            planned=planned,
+            step=self._mesh.size,
+            memory=memory,
+        )
 
     def _lane(self, index: np.ndarray) -> tuple[jax.Array, ...]:
         data = self._data
@@ -184,19 +190,8 @@ class _Evaluation:
             jobs[name] = Job(_attack(number), args, (None, None, None, 0, 0, 0))
         return jobs
 
-    def _compile(self) -> dict[str, Program]:
-        if self._programs is None and self._planned:
-            self._lanes, self._programs = compile_within(
-                self._jobs, self._lanes, self._mesh.size, self._memory, self._mesh, self._clock
-            )
-        elif self._programs is None:
-            self._programs = compile_all(self._jobs(self._lanes), self._mesh, self._clock)
-        return self._programs
-
     def warm_up(self) -> dict[str, float]:
-        if self._host:
-            return {}
-        return {name: program.seconds for name, program in self._compile().items()}
+        return {} if self._host else self._programs.seconds()
 
     def _call(self, name: str, *args: Any) -> Any:
         """Run a program on this batch, compiled when the first batch needs it."""
@@ -204,7 +199,7 @@ class _Evaluation:
             names = list(self._named)
             run = _predict if name == "clean" else _attack(names.index(name))
         else:
-            run = self._compile()[name]
+            run = self._programs[name]
         with self._clock.measure("run"):
             return parallel.fetch(run(*args))
 
@@ -212,29 +207,19 @@ class _Evaluation:
         """Predictions (n,) for any number of points."""
         found = [np.zeros(0, np.int32)]
         # A black box is not asked about rows that only fill a batch.
-        for piece, mask in rows(np.arange(len(points)), self._lanes, fill=not self._host):
+        for piece, mask in rows(np.arange(len(points)), self._programs.size, fill=not self._host):
             found.append(self._call("clean", self._model, jnp.asarray(points[piece]))[mask])
         return np.concatenate(found)
 
     def _identity(self) -> dict[str, str]:
-        data = self._data
-        identity = {"data_sha256": _identity.arrays(data.x, data.y, data.id)}
+        sets = (self._data.x, self._data.y, self._data.id)
         if self._host:
-            return identity
-        jobs = self._jobs(self._lanes).values()
-        programs = "".join(_identity.program(job.fn, *job.args) for job in jobs)
-        return {
-            **identity,
-            "variables_sha256": _identity.arrays(self._model),
-            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
-        }
+            return {"data_sha256": _identity.arrays(sets)}
+        return self._programs.identity(sets, self._model)
 
     def events(self) -> Iterator[EvaluationEvent]:
-        data, named, lanes = self._data, self._named, self._lanes
-        total = len(data)
-        if self._planned:
-            self._compile()
-            lanes = self._lanes
+        data, named = self._data, self._named
+        total, lanes = len(data), self._programs.plan()
         configuration = {
             "attacks": {name: describe(attack) for name, attack in named.items()},
             "batch_size": lanes,

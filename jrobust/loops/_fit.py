@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from jrobust.attacks import Attack
 from jrobust.attacks._base import forward, succeeds
 from jrobust.checkpoint import Checkpoints
 from jrobust.data import Dataset
-from jrobust.loops import _identity
 from jrobust.loops._folder import Folder
 from jrobust.loops._lanes import (
     Bar,
@@ -36,7 +34,7 @@ from jrobust.loops._lanes import (
     rows,
     surroundings,
 )
-from jrobust.loops._programs import Clock, Job, compile_all
+from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.models import Bound, Network
 from jrobust.training import (
     SWA,
@@ -285,6 +283,10 @@ class _Fit:
             return parallel.replicate(state, self._mesh)
 
     @functools.cached_property
+    def _programs(self) -> Programs:
+        return Programs(lambda _: self._jobs, self._lanes, self._mesh, self._clock)
+
+    @functools.cached_property
     def _jobs(self) -> dict[str, Job]:
         index = np.resize(np.arange(len(self._train)), self._lanes)
         jobs = {
@@ -312,17 +314,11 @@ class _Fit:
         return jobs
 
     def warm_up(self) -> dict[str, float]:
-        programs = compile_all(self._jobs, self._mesh, self._clock)
-        return {name: program.seconds for name, program in programs.items()}
+        return self._programs.seconds()
 
     def _identity(self) -> dict[str, str]:
         sets = [(data.x, data.y, data.id) for data in (self._train, self._validation) if data]
-        programs = "".join(_identity.program(job.fn, *job.args) for job in self._jobs.values())
-        return {
-            "data_sha256": _identity.arrays(sets),
-            "variables_sha256": _identity.arrays(self._state),
-            "programs_sha256": hashlib.sha256(programs.encode()).hexdigest(),
-        }
+        return self._programs.identity(sets, self._state)
 
     def events(self) -> Iterator[FitEvent]:
         folder = Folder(self._directory, self._configuration, self._identity, resume=self._resume)
@@ -333,7 +329,7 @@ class _Fit:
             yield from self._run(folder, checkpoints)
 
     def _run(self, folder: Folder, checkpoints: Checkpoints | None) -> Iterator[FitEvent]:
-        jobs, clock, total = self._jobs, self._clock, len(self._train)
+        clock, total = self._clock, len(self._train)
         # Copied, because the first update takes the buffers of the state.
         best = jax.tree.map(jnp.copy, self._state.weights)
         run = _Progress(self._state, jnp.asarray(True), best)
@@ -394,7 +390,7 @@ class _Fit:
             last = self._weights(run.state)
             yield FitEvent(self._epochs, account.history[-1], run.state, report(last))
             return
-        programs = compile_all(jobs, self._mesh, clock)
+        programs = self._programs.compiled()
         while account.epoch < self._epochs:
             pieces = list(rows(_order(self._key, account.epoch + 1, total), self._lanes))
             for index, mask in pieces[account.position :]:

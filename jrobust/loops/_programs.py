@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from jrobust import drive, parallel
+from jrobust.loops import _identity
 
 
 class Clock:
@@ -97,60 +98,110 @@ def _program(
     )
 
 
-def compile_all(jobs: Mapping[str, Job], mesh: Mesh, clock: Clock) -> dict[str, Program]:
-    """Compile several programs at once, a thread for each."""
-    keep_compilations()
+class Programs:
+    """The programs of a run, compiled together when the first of them is needed.
 
-    def lower(job: Job) -> tuple[float, Callable[[], parallel.Compiled]]:
-        begin = time.perf_counter()
-        backend = "jit" if mesh.size == 1 else job.backend
-        split = _program(job.fn, mesh, backend, job.in_axes, job.out_axes, job.donate_argnums)
-        lowered = split.lower(*job.args)
-        return time.perf_counter() - begin, lowered
-
-    def finish(seconds: float, lowered: Callable[[], parallel.Compiled]) -> Program:
-        begin = time.perf_counter()
-        compiled = lowered()
-        return Program(compiled, seconds + time.perf_counter() - begin, compiled.bytes)
-
-    with clock.measure("compile"), ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        # Traced here, because what the user has set for this thread does not hold in others.
-        waiting = [pool.submit(finish, *lower(job)) for job in jobs.values()]
-        return {name: one.result() for name, one in zip(jobs, waiting)}
-
-
-def compile_within(
-    jobs: Callable[[int], Mapping[str, Job]],
-    size: int,
-    step: int,
-    memory: int | None,
-    mesh: Mesh,
-    clock: Clock,
-) -> tuple[int, dict[str, Program]]:
-    """The programs for the largest size, at most ``size``, that needs no more than ``memory``.
-
-    What the compiler says the programs need decides; one round of compilation where the first
-    size fits.
+    Attributes:
+        size: of the batches, once they are planned: see :meth:`plan`.
+        planned: whether that is settled.
 
     Args:
         jobs: the programs for a size (a number of lanes, of noisy copies).
-        size: where to begin.
+        size: of the batches; where planning begins if ``planned`` is False.
+        planned: whether ``size`` is to be used as it is.
         step: sizes are multiples of it, and at least it.
-        memory: bytes on each device; what is free there when None.
+        memory: bytes that a planned size may need on each device; what is free there when None.
+        mesh: the devices.
+        clock: where compile time is counted.
     """
-    limit = parallel.free_memory(mesh) if memory is None else memory
-    while True:
-        programs = compile_all(jobs(size), mesh, clock)
-        need = max(program.bytes for program in programs.values())
-        if need <= limit:
-            return size, programs
-        if size <= step:
-            raise ValueError(
-                f"the smallest batch ({size}) needs {need:,} bytes on each device and {limit:,} "
-                "are to be used; pass a larger memory=, use more devices, or a smaller model"
-            )
-        # A little below proportional: the weights stay whatever the size.
-        size = max(step, min(size // 2, int(0.9 * size * limit / need)) // step * step)
+
+    def __init__(
+        self,
+        jobs: Callable[[int], Mapping[str, Job]],
+        size: int,
+        mesh: Mesh,
+        clock: Clock,
+        *,
+        planned: bool = True,
+        step: int = 1,
+        memory: int | None = None,
+    ) -> None:
+        self.size, self.planned = size, planned
+        self._jobs, self._mesh, self._clock = jobs, mesh, clock
+        self._step, self._memory = step, memory
+        self._compiled: dict[str, Program] | None = None
+
+    def __getitem__(self, name: str) -> Program:
+        """A program, compiled with all others at the first call."""
+        return self.compiled()[name]
+
+    def seconds(self) -> dict[str, float]:
+        """Compile all; how long each took."""
+        return {name: program.seconds for name, program in self.compiled().items()}
+
+    def compiled(self) -> dict[str, Program]:
+        """All programs."""
+        if self._compiled is None:
+            self.plan()
+        if self._compiled is None:
+            self._compiled = self._compile()
+        return self._compiled
+
+    def plan(self) -> int:
+        """Settle the size: the largest that needs no more than the memory, at most the first.
+
+        What the compiler says that the programs need decides; one round of compilation where the
+        first size fits. Raises ``ValueError`` where none does.
+        """
+        limit = parallel.free_memory(self._mesh) if self._memory is None else self._memory
+        while not self.planned:
+            compiled = self._compile()
+            need = max(program.bytes for program in compiled.values())
+            if need <= limit:
+                self.planned, self._compiled = True, compiled
+            elif self.size <= self._step:
+                raise ValueError(
+                    f"the smallest batch ({self.size}) needs {need:,} bytes on each device and "
+                    f"{limit:,} are to be used; pass a larger memory=, use more devices, or a "
+                    "smaller model"
+                )
+            else:
+                # A little below proportional: the weights stay whatever the size.
+                fewer = min(self.size // 2, int(0.9 * self.size * limit / need))
+                self.size = max(self._step, fewer // self._step * self._step)
+        return self.size
+
+    def _compile(self) -> dict[str, Program]:
+        keep_compilations()
+        jobs = self._jobs(self.size)
+        threads = min(len(jobs), os.cpu_count() or 1)
+        with self._clock.measure("compile"), ThreadPoolExecutor(threads) as pool:
+            # Traced here, because what the user has set for this thread does not hold in others.
+            waiting = [pool.submit(_finish, *_lower(job, self._mesh)) for job in jobs.values()]
+            return {name: one.result() for name, one in zip(jobs, waiting)}
+
+    def identity(self, data: Any, variables: Any) -> dict[str, str]:
+        """Digests of what a run is made of; see :mod:`jrobust.loops._identity`."""
+        traced = [_identity.program(job.fn, *job.args) for job in self._jobs(self.size).values()]
+        return {
+            "data_sha256": _identity.arrays(data),
+            "variables_sha256": _identity.arrays(variables),
+            "programs_sha256": hashlib.sha256("".join(traced).encode()).hexdigest(),
+        }
+
+
+def _lower(job: Job, mesh: Mesh) -> tuple[float, Callable[[], parallel.Compiled]]:
+    begin = time.perf_counter()
+    backend = "jit" if mesh.size == 1 else job.backend
+    split = _program(job.fn, mesh, backend, job.in_axes, job.out_axes, job.donate_argnums)
+    lowered = split.lower(*job.args)
+    return time.perf_counter() - begin, lowered
+
+
+def _finish(seconds: float, lowered: Callable[[], parallel.Compiled]) -> Program:
+    begin = time.perf_counter()
+    compiled = lowered()
+    return Program(compiled, seconds + time.perf_counter() - begin, compiled.bytes)
 
 
 @functools.cache
