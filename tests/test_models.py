@@ -615,3 +615,14 @@ def test_public_names():
     assert all(getattr(models, name).__doc__ for name in models.__all__)
     with pytest.raises(AttributeError, match="no attribute 'VGG'"):
         models.VGG  # noqa: B018
+
+
+def test_a_bound_model_is_no_static_argument():
+    model = models.bind(
+        models.MLP(features=()),
+        {"params": {"head": {"kernel": jnp.ones((2, 10)), "bias": jnp.zeros(10)}}},
+    )
+    x = jnp.ones((3, 2))
+    with pytest.raises(TypeError, match=r"jax.jit\(lambda model, x: model\(x\)\)"):
+        jax.jit(model)(x)
+    np.testing.assert_array_equal(jax.jit(lambda model, x: model(x))(model, x), model(x))

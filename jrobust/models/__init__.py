@@ -1,4 +1,4 @@
-"""Models: from Flax modules to the pure functions the library takes, and reference networks.
+"""Models: from Flax modules to the pure functions the library takes, networks and their weights.
 
 Importing this needs no flax; the networks and the binding of a module do.
 """
@@ -8,36 +8,78 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jrobust.models._callbacks import HostModel, from_host, from_torch_module
 from jrobust.models._flax import bind, network
 from jrobust.models._network import Bound, Network
 from jrobust.models._randomized import Drawn, Randomized, randomized
 from jrobust.models._summary import Layer, Summary, summary
+from jrobust.models._tensors import read_tensors
+from jrobust.models._weights import from_deepmind, from_safetensors, from_torch, to_safetensors
 
 if TYPE_CHECKING:
-    from jrobust.models._networks import MLP, ResNet, SmallCNN
+    from jrobust.models._networks import MLP, LeNet, ResNet, SmallCNN
+    from jrobust.models._resnets import (
+        MoEResNet18,
+        PreActResNet18,
+        ResNet18,
+        ResNet50,
+        WideResNet,
+    )
+    from jrobust.models._restoration import Autoencoder, DnCNN
+    from jrobust.models._robustbench import robustbench
+    from jrobust.models._vit import ViT
 
 __all__ = [
     "MLP",
+    "Autoencoder",
     "Bound",
+    "DnCNN",
     "Drawn",
+    "HostModel",
     "Layer",
+    "LeNet",
+    "MoEResNet18",
     "Network",
+    "PreActResNet18",
     "Randomized",
     "ResNet",
+    "ResNet18",
+    "ResNet50",
     "SmallCNN",
     "Summary",
+    "ViT",
+    "WideResNet",
     "bind",
+    "from_deepmind",
+    "from_host",
+    "from_safetensors",
+    "from_torch",
+    "from_torch_module",
     "network",
     "randomized",
+    "read_tensors",
+    "robustbench",
     "summary",
+    "to_safetensors",
 ]
+
+# What is made of Flax modules, by the file that holds it.
+_FLAX = {
+    **dict.fromkeys(("MLP", "LeNet", "ResNet", "SmallCNN"), "_networks"),
+    **dict.fromkeys(
+        ("MoEResNet18", "PreActResNet18", "ResNet18", "ResNet50", "WideResNet"), "_resnets"
+    ),
+    **dict.fromkeys(("Autoencoder", "DnCNN"), "_restoration"),
+    "ViT": "_vit",
+    "robustbench": "_robustbench",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("MLP", "ResNet", "SmallCNN"):
+    if name not in _FLAX:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module("jrobust.models._networks"), name)
+        return getattr(importlib.import_module(f"jrobust.models.{_FLAX[name]}"), name)
     except ImportError as error:
         raise ImportError(f"jrobust.models.{name} needs flax: pip install flax") from error
 

@@ -112,6 +112,13 @@ class Bound:
     logits: Callable[[Tree, Tree, Array], Array] = static()
     dtype: Any = static(default=None)
 
+    def __hash__(self) -> int:
+        """Refused, because ``jax.jit(bound)`` would make constants of the parameters."""
+        raise TypeError(
+            "a bound model is an argument of compiled code, not the compiled function: write "
+            "jax.jit(lambda model, x: model(x))(model, x)"
+        )
+
     def __call__(self, x: Array) -> Array:
         """Logits (B, C) of ``x`` (B, ...) in evaluation mode."""
         if self.dtype is None:

@@ -1,4 +1,8 @@
-"""Reference networks (Flax Linen). Channels last, inputs in pixel units, logits float32."""
+"""Reference networks (Flax Linen). Channels last, inputs in pixel units, logits float32.
+
+Here the small ones and what all share; :mod:`_resnets`, :mod:`_vit` and :mod:`_restoration` hold
+the families.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,25 @@ def _images(x: Array) -> Array:
     if x.ndim != 4:
         raise ValueError(f"images must have shape (B, H, W, channels), got {x.shape}")
     return x
+
+
+# Mean and standard deviation of the training pixels.
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _normalised(x: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """``(x - mean) / std`` by channel, the first layer of the networks for colour images."""
+    x = _images(x)
+    if not x.shape[-1] == len(mean) == len(std):
+        raise ValueError(
+            f"inputs {x.shape} have {x.shape[-1]} channels, but mean has {len(mean)} and "
+            f"std {len(std)} entries; set mean= and std= for these images"
+        )
+    shape = (1, 1, 1, -1)
+    return (x - jnp.asarray(mean, x.dtype).reshape(shape)) / jnp.asarray(std, x.dtype).reshape(
+        shape
+    )
 
 
 class MLP(nn.Module):
@@ -91,6 +114,34 @@ class SmallCNN(nn.Module):
         return nn.Dense(self.classes, name="head")(x).astype(jnp.float32)
 
 
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU and max pooling: (B, H, W, channels) -> (B, classes).
+
+    LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
+    1998, in today's form: 5x5 convolutions to 6 and 16 channels, each with ReLU and 2x2 max
+    pooling, dense layers of 120 and 84 with ReLU, the head. 61,706 parameters on 28x28x1 images,
+    and 62,006 on 32x32x3 with ``padding=0``.
+
+    Attributes:
+      classes: number of logits.
+      padding: of the first convolution on each side: 2 makes 28x28 what 32x32 would be.
+    """
+
+    classes: int = 10
+    padding: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _images(x)
+        for i, (width, padding) in enumerate(((6, self.padding), (16, 0)), 1):
+            conv = nn.Conv(width, (5, 5), padding=padding, kernel_init=_he, name=f"conv{i}")
+            x = nn.max_pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate((120, 84), 1):
+            x = nn.relu(nn.Dense(width, kernel_init=_he, name=f"dense{i}")(x))
+        return nn.Dense(self.classes, name="head")(x).astype(jnp.float32)
+
+
 class _Block(nn.Module):
     """Two convolutions around which the input is added."""
 
@@ -136,8 +187,8 @@ class ResNet(nn.Module):
     depth: int = 20
     classes: int = 10
     widths: tuple[int, int, int] = (16, 32, 64)
-    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
-    std: tuple[float, ...] = (0.2471, 0.2435, 0.2616)
+    mean: tuple[float, ...] = CIFAR10[0]
+    std: tuple[float, ...] = CIFAR10[1]
     axis_name: str | None = None
 
     @nn.compact
@@ -145,16 +196,8 @@ class ResNet(nn.Module):
         blocks, rest = divmod(self.depth - 2, 6)
         if blocks < 1 or rest:
             raise ValueError(f"depth must be 6 n + 2 (20, 32, 44, 56, 110), got {self.depth}")
-        x = _images(x)
-        if not x.shape[-1] == len(self.mean) == len(self.std):
-            raise ValueError(
-                f"inputs {x.shape} have {x.shape[-1]} channels, but mean has {len(self.mean)} and "
-                f"std {len(self.std)} entries; set mean= and std= for these images"
-            )
-        shape = (1, 1, 1, -1)
-        mean = jnp.asarray(self.mean, x.dtype).reshape(shape)
-        std = jnp.asarray(self.std, x.dtype).reshape(shape)
-        x = _conv(self.widths[0], name="conv")((x - mean) / std)
+        x = _normalised(x, self.mean, self.std)
+        x = _conv(self.widths[0], name="conv")(x)
         x = nn.relu(_norm(train, self.axis_name, name="norm")(x))
         for i, width in enumerate(self.widths, 1):
             for j in range(1, blocks + 1):
