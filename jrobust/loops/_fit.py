@@ -391,6 +391,8 @@ class _Fit:
             yield FitEvent(self._epochs, account.history[-1], run.state, report(last))
             return
         programs = self._programs.compiled()
+        # What they were compiled for: a resumed run has a state of its own.
+        del self._jobs, self._state
         while account.epoch < self._epochs:
             pieces = list(rows(_order(self._key, account.epoch + 1, total), self._lanes))
             for index, mask in pieces[account.position :]:

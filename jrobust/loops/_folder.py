@@ -71,7 +71,6 @@ class Folder:
                 for name in ("batches", "checkpoints"):
                     shutil.rmtree(self.directory / name, ignore_errors=True)
                 (self.directory / "report.json").unlink(missing_ok=True)
-            (self.directory / "batches").mkdir(exist_ok=True)
             self.json("configuration.json", wanted)
             (self.directory / "metrics.jsonl").write_text("")
             if self._columns:
@@ -130,6 +129,7 @@ class Folder:
             return
         path = self.directory / name
         part = path.with_name(path.name + ".part")
+        part.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             yield file
             file.flush()
