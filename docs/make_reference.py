@@ -13,8 +13,8 @@ ROOMS = (
     "jrobust", "jrobust.threat", "jrobust.losses", "jrobust.keys", "jrobust.attacks",
     "jrobust.training", "jrobust.smoothing", "jrobust.statistics", "jrobust.zeroth_order",
     "jrobust.weights", "jrobust.ensembles", "jrobust.models", "jrobust.data",
-    "jrobust.data.corruptions", "jrobust.loops", "jrobust.parallel", "jrobust.drive", "jrobust.checkpoint",
-    "jrobust.debug", "jrobust.report",
+    "jrobust.data.corruptions", "jrobust.loops", "jrobust.parallel", "jrobust.drive",
+    "jrobust.checkpoint", "jrobust.debug", "jrobust.report",
 )  # fmt: skip
 
 
