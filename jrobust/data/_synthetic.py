@@ -235,7 +235,7 @@ def synthetic(
 
     Difficulty, measured: ``models.ResNet(20)`` after 4 epochs of 20,000 training images (AdamW, no
     augmentation) has 84% of 2,000 test images right (87% of validation, 90% of training) and none
-    of 250 under PGD-20 at Linf 8/255. All 60,000 images take 13 s of one core and 740 MB.
+    of 250 under PGD-20 at Linf 8/255. All 60,000 images take 16 s of CPU (an EPYC core) and 740 MB.
 
     Args:
         train: ids of training and validation together, 0 .. train - 1.
