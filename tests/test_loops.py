@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -409,6 +411,18 @@ def test_a_host_model_is_asked_about_examples_alone():
     traced = evaluate(attack, data, batch_size=4)
     np.testing.assert_array_equal(host.examples["forwards"], traced.examples["forwards"])
     assert 0 < host.robust_accuracy < 5 / 6
+
+
+def test_the_rate_shown_counts_the_time_of_the_first_batch(capsys):
+    from jrobust.loops._lanes import Bar
+
+    with Bar(True, "image") as bar:
+        for stage in ("clean", "attack"):
+            time.sleep(0.5)
+            bar.update(stage, 10, 10)
+    rates = re.findall(r"([0-9.]+)image/s", capsys.readouterr().err)
+    assert len(rates) >= 2
+    assert all(float(rate) <= 20 for rate in rates)
 
 
 def test_progress_goes_to_the_error_stream(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -95,6 +96,7 @@ class Bar:
         self._show, self._unit = show and parallel.is_main(), unit
         self._stage: str | None = None
         self._bar: Any = None
+        self._since = time.time()
 
     def __enter__(self) -> Bar:
         return self
@@ -112,6 +114,9 @@ class Bar:
 
             self.__exit__()
             self._stage, self._bar = stage, tqdm(total=total, desc=stage, unit=self._unit)
+            # Events come after the work, so the stage began when the last event came.
+            self._bar.start_t = self._bar.last_print_t = self._since
+        self._since = time.time()
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()}, refresh=False)
         self._bar.update(finished - self._bar.n)
 
