@@ -24,7 +24,28 @@ def algorithm(cls: type[T]) -> type[T]:
     Fields are leaves (or subtrees) unless declared with :func:`static`. Constructors must not
     look at values, since unflattening calls them with tracers: value checks live in ``check()``.
     """
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    made = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(made) if field.init]  # type: ignore[arg-type]
+    statics = {f.name for f in dataclasses.fields(made) if f.metadata.get("static")}  # type: ignore[arg-type]
+    leaves = [name for name in names if name not in statics]
+    kept = [name for name in names if name in statics]
+
+    def aux(value: Any) -> Any:
+        # With the class: treedefs of two dataclasses of equal fields compare equal in JAX's own
+        # registration (measured), and a compiled program of one could be taken for the other's.
+        return (made, *(getattr(value, name) for name in kept))
+
+    def flatten_with_keys(value: Any) -> Any:
+        key = jax.tree_util.GetAttrKey
+        return [(key(name), getattr(value, name)) for name in leaves], aux(value)
+
+    def unflatten(aux: Any, children: Any) -> Any:
+        return made(**dict(zip(kept, aux[1:])), **dict(zip(leaves, children)))
+
+    jax.tree_util.register_pytree_with_keys(
+        made, flatten_with_keys, unflatten, lambda v: ([getattr(v, n) for n in leaves], aux(v))
+    )
+    return made
 
 
 def describe(value: Any) -> Any:
