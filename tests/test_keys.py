@@ -66,3 +66,13 @@ def test_check_accepts_one_typed_key_only(key):
         keys.check(jax.random.key(0, impl="rbg"))
     with pytest.raises(ValueError, match=r"single key of shape \(\), got shape \(3,\)"):
         keys.check(jax.random.split(key, 3))
+
+
+def test_algorithms_of_equal_fields_are_different_pytrees():
+    """Else JAX may run the compiled program of one for the other."""
+    from jrobust.threat import L1, L2, Linf
+
+    trees = [jax.tree.structure(norm(0.1)) for norm in (Linf, L2, L1)]
+    assert len({*trees}) == 3
+    assert trees[0] != trees[1] != trees[2] != trees[0]
+    assert jax.tree.structure(Linf(0.2)) == trees[0]
