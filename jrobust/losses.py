@@ -99,9 +99,9 @@ def is_targeted(loss: Loss) -> bool:
     return "target" in inspect.signature(loss).parameters
 
 
-def ascent(loss: Loss, logits: Array, y: Array, target: Array) -> Array:
-    """What an attack ascends: towards ``target`` (B,) where it is >= 0, else away from ``y``."""
-    aim = jnp.maximum(target, 0)
+def ascent(loss: Loss, logits: Array, y: Array, aim: Array) -> Array:
+    """What an attack ascends: towards ``aim`` (B,) where it is >= 0, else away from ``y``."""
+    target = jnp.maximum(aim, 0)
     if is_targeted(loss):
-        return loss(logits, y, aim)
-    return jnp.where(target >= 0, -loss(logits, aim), loss(logits, y))
+        return loss(logits, y, target)
+    return jnp.where(aim >= 0, -loss(logits, target), loss(logits, y))

@@ -53,6 +53,7 @@ class Record(NamedTuple):
     x0: Array  # (B, ...) the input
     y: Array  # (B,) int32 true label
     target: Array  # (B,) int32 class to reach, -1 when untargeted
+    aim: Array  # (B,) int32 class that the search heads for, -1: away from y; success ignores it
     key: Array  # (B,) typed keys of this restart
     threat: Any  # the threat model, with an example axis on its leaves
     best: Array  # (B, ...) point to return
@@ -102,11 +103,13 @@ def open_record(threat: Threat, keys: Array, x: Array, y: Array, targets: Array 
     """The account of fresh lanes: nothing evaluated, the input as the best point so far."""
     y = y.astype(jnp.int32)
     zero = jnp.zeros_like(y)
+    target = zero - 1 if targets is None else targets.astype(jnp.int32)
     low = jnp.full_like(y, -jnp.inf, dtype=jnp.float32)
     return Record(
         x0=x,
         y=y,
-        target=zero - 1 if targets is None else targets.astype(jnp.int32),
+        target=target,
+        aim=target,
         key=keys,
         threat=threat.batched(x),
         best=x,
@@ -384,7 +387,7 @@ class GradientAttack(Attack):
         samples, votes = _passes(logits_fn)
 
         def ascent(logits: Array) -> Array:
-            return losses.ascent(self.loss, logits, record.y, record.target)
+            return losses.ascent(self.loss, logits, record.y, record.aim)
 
         def evaluate(x: Array) -> tuple[Array, Array]:
             if isinstance(logits_fn, Randomized):
