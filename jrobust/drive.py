@@ -1,7 +1,8 @@
 """The loops over attack steps, and what makes them fast. Nothing else loops over steps.
 
 * :func:`until_done` ends when every example has; :func:`fixed` runs a known number of steps and can
-  be differentiated in reverse. Both are ``lax`` loops, so one program serves GPU, TPU and CPU.
+  be differentiated in reverse; :func:`advance` stops so that lanes can be refilled. All are ``lax``
+  loops, so one program serves GPU, TPU and CPU.
 * On CPU, XLA leaves the convolutions of a loop body in the form that differentiation gave them and
   runs them 5 to 9 times slower than outside of a loop: :func:`rewrite` brings them into the fast
   form. The loops apply it to their bodies, so callers need not.
@@ -22,6 +23,7 @@ from jrobust._convolution import rewrite
 __all__ = [
     "Host",
     "Stepper",
+    "advance",
     "fixed",
     "is_host",
     "loop",
@@ -68,6 +70,30 @@ class Host:
 def is_host(fn: Any) -> bool:
     """Whether ``fn`` has to be called from Python."""
     return isinstance(fn, Host)
+
+
+class _Live(Host):
+    """A black box that is asked about some rows only, because the others cost and change nothing.
+
+    The logits of the others are zero.
+    """
+
+    def __init__(self, host: Host, live: Array) -> None:
+        self._host, self._live = host, np.asarray(live)
+
+    def __call__(self, x: Array) -> Array:
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(_HOST_TRACED)
+        if not np.any(self._live):
+            raise ValueError("no lane is left to ask the Host model about")
+        asked = np.asarray(self._host(jnp.asarray(np.asarray(x)[self._live])))
+        logits = np.zeros((len(x), asked.shape[1]), np.float32)
+        logits[self._live] = asked
+        return jnp.asarray(logits)
+
+
+def _asking(fn: Any, live: Array) -> Any:
+    return _Live(fn, live) if is_host(fn) else fn
 
 
 class Stepper(Protocol):
@@ -145,13 +171,69 @@ def fixed(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> C
 
 
 def stepped(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Iterator[Carry]:
-    """Step from Python until every example is done, as :func:`until_done`; yields each state."""
-    while not np.all(attack.done(state)):
-        if np.any(attack.moving(state)):
-            state = attack.step(logits_fn, state, judge)
-        else:
-            state = attack.close(logits_fn, state, judge)
+    """Step from Python until every example is done, as :func:`until_done`; yields each state.
+
+    A :class:`Host` is asked about the lanes alone that are not done.
+    """
+    return _stepped(attack, logits_fn, state, judge, True)
+
+
+def _stepped(
+    attack: Stepper, logits_fn: Any, state: Carry, judge: Any, held: Array | bool
+) -> Iterator[Carry]:
+    host = is_host(logits_fn) or is_host(judge)
+    while np.any(live := held & ~attack.done(state)):
+        moving = live & attack.moving(state)
+        # A black box is not asked about the surroundings of a point that is the last.
+        ends = np.any(live & ~moving) if host else not np.any(moving)
+        asked = live & ~moving if ends else live
+        apply = attack.close if ends else attack.step
+        state = apply(_asking(logits_fn, asked), state, _asking(judge, asked))
         yield state
+
+
+def advance(
+    attack: Stepper,
+    logits_fn: Any,
+    state: Carry,
+    judge: Any = None,
+    *,
+    held: Array,
+    steps: Array | int,
+    spare: Array | int,
+) -> Carry:
+    """Step until at most ``spare`` of the lanes ``held`` (B,) are live, ``steps`` times at most.
+
+    Lanes may be anywhere in their attack: those that ended can then be given other examples. A
+    forward-only evaluation takes the place of a step when no live lane has a move left.
+    """
+    if is_host(logits_fn) or is_host(judge):
+        for _ in range(int(steps)):
+            if np.sum(held & ~attack.done(state)) <= spare:
+                break
+            state = next(_stepped(attack, logits_fn, state, judge, held))
+        return state
+
+    def live(state: Carry) -> Array:
+        return held & ~attack.done(state)
+
+    def more(carry: tuple[Array, Carry]) -> Array:
+        i, state = carry
+        return (i < steps) & (jnp.sum(live(state)) > spare)
+
+    def body(carry: tuple[Array, Carry]) -> tuple[Array, Carry]:
+        i, state = carry
+        state = jax.lax.cond(
+            jnp.any(live(state) & attack.moving(state)),
+            lambda s: attack.step(logits_fn, s, judge),
+            lambda s: attack.close(logits_fn, s, judge),
+            state,
+        )
+        return i + 1, state
+
+    # Counted in what varies over devices as the lanes do.
+    zero = jnp.sum(jnp.zeros_like(held, jnp.int32))
+    return jax.lax.while_loop(more, rewrite(body), (zero, state))[1]
 
 
 def run(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None) -> Carry:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrobust import _run, drive, parallel
-from jrobust import keys as _keys
 from jrobust._algorithm import describe
 from jrobust.attacks import Attack, AttackResult
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
-from jrobust.loops import _identity
+from jrobust.loops import _identity, _queue
 from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
@@ -53,6 +54,9 @@ class EvaluationReport:
         non_finite: examples with a non-finite logit, clean or attacked; never counted as robust.
         near_ties: examples that an attack reported broken and the verifying forward pass of the
             same input, compiled as another program, did not. They count as robust.
+        only_search: with ``search_fn``, points at which attacks ended that fool it alone. They
+            count as robust.
+        only_model: with ``search_fn``, such points that fool the model alone, and are counted.
         configuration: the effective configuration of everything that ran.
         seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
         resumed: batches that came from the directory of an interrupted or finished run.
@@ -64,6 +68,8 @@ class EvaluationReport:
     standing: np.ndarray
     non_finite: int
     near_ties: int
+    only_search: int
+    only_model: int
     configuration: dict[str, Any]
     seconds: dict[str, float]
     resumed: int = 0
@@ -111,13 +117,8 @@ def _predict(logits_fn: Any, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.all(jnp.isfinite(logits), -1), jnp.argmax(logits, -1), -1)
 
 
-@functools.lru_cache
-def _attack(index: int) -> Callable[..., AttackResult]:
-    def lanes(attack: Attack, key: Any, fn: Any, x: Any, y: Any, ids: Any) -> AttackResult:
-        keys = _keys.attack(_keys.examples(key, ids), index)
-        return attack.result(drive.run(attack, fn, attack.init(keys, x, y)))
-
-    return lanes
+# Seconds between two copies of the lanes on disk.
+_SAVE = 10.0
 
 
 def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[str, Attack]:
@@ -135,6 +136,20 @@ def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[st
     return named
 
 
+def _check_search(search_fn: Any, logits_fn: Any, data: Dataset) -> None:
+    if drive.is_host(search_fn) or drive.is_host(logits_fn):
+        raise TypeError(
+            "search_fn= is searched in place of the model, for speed: neither may be a Host model"
+        )
+    x = jnp.asarray(data.x[:1])
+    classes = [_run.count_classes(fn, x) for fn in (search_fn, logits_fn)]
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"search_fn gives {classes[0]} classes and logits_fn {classes[1]}: search_fn= is meant "
+            "for the same network in another precision, such as bind(..., dtype=jnp.bfloat16)"
+        )
+
+
 class _Evaluation:
     """See :func:`evaluate`."""
 
@@ -145,6 +160,7 @@ class _Evaluation:
         data: Dataset,
         attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
         *,
+        search_fn: Any = None,
         batch_size: int | None = None,
         memory: int | None = None,
         directory: Any = None,
@@ -156,10 +172,17 @@ class _Evaluation:
         check_data(data)
         self._data, self._key = data, key
         self._host, self._clock = drive.is_host(logits_fn), Clock()
+        if search_fn is not None:
+            _check_search(search_fn, logits_fn, data)
         for attack in self._named.values():
             check_shared(attack, data)
-            _run.check(attack, key, logits_fn, data.x, data.y, data.id)
+            searched = logits_fn if search_fn is None else search_fn
+            _run.check(attack, key, searched, data.x, data.y, data.id)
         self._model = logits_fn if self._host else _run.as_pytree(logits_fn)
+        # What the attacks look at, and who confirms what they find.
+        self._searched, self._judge = self._model, None
+        if search_fn is not None:
+            self._searched, self._judge = _run.as_pytree(search_fn), self._model
         self._attacks = [_run.strong(attack) for attack in self._named.values()]
         self._directory, self._resume = directory, resume
         planned = batch_size is not None or self._host
@@ -185,37 +208,73 @@ class _Evaluation:
     def _jobs(self, lanes: int) -> dict[str, Job]:
         example = self._lane(np.resize(np.arange(len(self._data)), lanes))
         jobs = {"clean": Job(_predict, (self._model, example[0]), (None, 0))}
+        if self._judge is not None:
+            jobs["search_fn"] = Job(_predict, (self._searched, example[0]), (None, 0))
+        models = self._searched, self._judge
         for number, (name, attack) in enumerate(zip(self._named, self._attacks)):
-            args = (attack, self._key, self._model, *example)
-            jobs[name] = Job(_attack(number), args, (None, None, None, 0, 0, 0))
+            jobs[name] = _queue.job(number, attack, self._key, *models, example)
         return jobs
 
     def warm_up(self) -> dict[str, float]:
         return {} if self._host else self._programs.seconds()
 
     def _call(self, name: str, *args: Any) -> Any:
-        """Run a program on this batch, compiled when the first batch needs it."""
-        if self._host:
-            names = list(self._named)
-            run = _predict if name == "clean" else _attack(names.index(name))
+        """Run a program, compiled when it is first needed; its result is still on the device."""
+        if not self._host:
+            run: Callable[..., Any] = self._programs[name]
+        elif name == "clean":
+            run = _predict
         else:
-            run = self._programs[name]
+            run = _queue.program(list(self._named).index(name))
         with self._clock.measure("run"):
-            return parallel.fetch(run(*args))
+            return jax.block_until_ready(run(*args))
 
-    def _classify(self, points: np.ndarray) -> np.ndarray:
-        """Predictions (n,) for any number of points."""
+    def _classify(self, points: np.ndarray, name: str = "clean") -> np.ndarray:
+        """Predictions (n,) for any number of points, of the model or of ``search_fn``."""
+        model = self._model if name == "clean" else self._searched
         found = [np.zeros(0, np.int32)]
         # A black box is not asked about rows that only fill a batch.
         for piece, mask in rows(np.arange(len(points)), self._programs.size, fill=not self._host):
-            found.append(self._call("clean", self._model, jnp.asarray(points[piece]))[mask])
+            prediction = self._call(name, model, jnp.asarray(points[piece]))
+            found.append(parallel.fetch(prediction)[mask])
         return np.concatenate(found)
+
+    def _search(
+        self, stage: int, index: np.ndarray, folder: Folder
+    ) -> Iterator[tuple[np.ndarray, AttackResult]]:
+        """Attack the examples ``index``; yields some of them and their results as they end."""
+        if not len(index):
+            return
+        name, attack = list(self._named)[stage], self._attacks[stage]
+        size = self._programs.size
+        blank = _queue.blank(attack, self._key, *self._lane(np.resize(index, size)))
+        lanes = _queue.Lanes(np.full(size, -1), blank)
+        kept = folder.load("lanes.npz")
+        if kept is not None and kept["stage"] == stage:
+            lanes = _queue.thaw(kept, blank)
+            lanes.holds[~np.isin(lanes.holds, index)] = -1
+        saved = time.monotonic()
+
+        def keep(lanes: _queue.Lanes) -> None:
+            nonlocal saved
+            if folder.directory is not None and parallel.agree(time.monotonic() - saved > _SAVE):
+                folder.save("lanes.npz", stage=np.array(stage), **_queue.freeze(lanes))
+                saved = time.monotonic()
+
+        yield from _queue.through(
+            lanes,
+            np.setdiff1d(index, lanes.holds),
+            self._lane,
+            functools.partial(self._call, name, attack, self._key, self._searched, self._judge),
+            1 if self._host else self._mesh.size,
+            keep,
+        )
 
     def _identity(self) -> dict[str, str]:
         sets = (self._data.x, self._data.y, self._data.id)
         if self._host:
             return {"data_sha256": _identity.arrays(sets)}
-        return self._programs.identity(sets, self._model)
+        return self._programs.identity(sets, (self._model, self._searched))
 
     def events(self) -> Iterator[EvaluationEvent]:
         data, named = self._data, self._named
@@ -242,12 +301,9 @@ class _Evaluation:
         def record(done: np.ndarray) -> None:
             folder.examples({name: column[done] for name, column in table.items()})
 
-        def change(name: str, piece: np.ndarray, compute: Callable[[], Arrays]) -> Arrays:
-            """The rows ``piece`` of the table as a batch leaves them, computed or read."""
-            batch = folder.once(name, compute)
+        def enter(piece: np.ndarray, batch: Arrays) -> None:
             for column in batch.keys() & table.keys():
                 table[column][piece] = batch[column]
-            return batch
 
         def predict(piece: np.ndarray) -> Arrays:
             prediction = self._classify(data.x[piece])
@@ -259,24 +315,23 @@ class _Evaluation:
 
         done = 0
         for number, (piece, _) in enumerate(rows(np.arange(total), lanes, fill=False)):
-            change(f"0-{number:06d}", piece, functools.partial(predict, piece))
+            enter(piece, folder.once(f"0-{number:06d}", functools.partial(predict, piece)))
             record(piece[~table["correct"][piece]])
             done += len(piece)
             yield EvaluationEvent("clean", done, total, int(table["robust"].sum()))
         standing = [int(table["robust"].sum())]
         folder.metrics(stage="clean", accuracy=standing[0] / total)
 
-        def search(stage: int, piece: np.ndarray, fill: np.ndarray) -> Arrays:
-            """Attack the examples ``piece``; ``fill`` are the rows of the whole batch."""
-            name, attack = list(named)[stage], self._attacks[stage]
-            found = self._call(name, attack, self._key, self._model, *self._lane(fill))
-            found = jax.tree.map(lambda leaf: leaf[: len(piece)], found)
-            # The verdict is a forward pass of exactly the input that is kept.
-            claimed = np.flatnonzero(found.success)
+        def verified(stage: int, piece: np.ndarray, found: AttackResult) -> Arrays:
+            points, claimed = np.asarray(found.x), np.asarray(found.success)
+            # The verdict is a forward pass of exactly the input that is kept. What another model
+            # saw says nothing of this one, so that then all are asked.
+            asked = np.flatnonzero(claimed if self._judge is None else claimed | True)
             prediction = table["adversarial_prediction"][piece]
-            prediction[claimed] = self._classify(found.x[claimed])
+            prediction[asked] = self._classify(points[asked])
             robust = prediction == data.y[piece]
-            return {
+            batch = {
+                "index": piece,
                 "loss": found.loss,
                 "distance": found.distance,
                 "step": np.where(robust, -1, found.step),
@@ -285,26 +340,41 @@ class _Evaluation:
                 "adversarial_prediction": prediction,
                 "robust": robust,
                 "broken_by": np.where(robust, -1, stage).astype(np.int32),
-                "x": found.x[~robust],
-                "near_ties": np.sum(found.success & robust),
+                "x": points[~robust],
+                "near_ties": np.sum(claimed & robust),
             }
+            if self._judge is not None:
+                fooled = self._classify(points, "search_fn") != data.y[piece]
+                batch["only_search"] = np.sum(fooled & robust)
+                batch["only_model"] = np.sum(~fooled & ~robust)
+            return batch
 
-        near_ties = 0
+        def batches(stage: int) -> Iterator[Arrays]:
+            """What came of the examples that stand: first what is on disk, then as they end."""
+            left = np.flatnonzero(table["robust"])
+            stored = folder.stored(f"{stage + 1}-")
+            for name in stored:
+                batch = folder.once(name, dict)
+                left = np.setdiff1d(left, batch["index"])
+                yield batch
+            names = (f"{stage + 1}-{number:06d}" for number in itertools.count())
+            free = (name for name in names if name not in stored)
+            for piece, found in self._search(stage, left, folder):
+                yield folder.once(next(free), functools.partial(verified, stage, piece, found))
+
+        counts = dict.fromkeys(("near_ties", "only_search", "only_model"), 0)
         for stage, name in enumerate(named):
-            index, done = np.flatnonzero(table["robust"]), 0
-            for number, (fill, mask) in enumerate(rows(index, lanes, fill=not self._host)):
-                piece = fill[mask]
-                batch = change(
-                    f"{stage + 1}-{number:06d}",
-                    piece,
-                    functools.partial(search, stage, piece, fill),
-                )
+            before, done = standing[-1], 0
+            for batch in batches(stage):
+                piece = batch["index"]
+                enter(piece, batch)
                 broken = piece[~table["robust"][piece]]
                 x[broken] = batch["x"]
-                near_ties += int(batch["near_ties"])
+                for count in counts.keys() & batch.keys():
+                    counts[count] += int(batch[count])
                 record(broken)
                 done += len(piece)
-                yield EvaluationEvent(name, done, len(index), int(table["robust"].sum()))
+                yield EvaluationEvent(name, done, before, int(table["robust"].sum()))
             standing.append(int(table["robust"].sum()))
             folder.metrics(stage=name, accuracy=standing[-1] / total)
         record(np.flatnonzero(table["robust"]))
@@ -315,7 +385,7 @@ class _Evaluation:
             attacks=tuple(named),
             standing=np.array(standing),
             non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
-            near_ties=near_ties,
+            **counts,
             configuration=folder.configuration,
             seconds=self._clock.total(),
             resumed=folder.resumed,
@@ -342,6 +412,7 @@ def evaluate(
     data: Dataset,
     attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
     *,
+    search_fn: Any = None,
     batch_size: int | None = None,
     memory: int | None = None,
     directory: Any = None,
@@ -351,22 +422,28 @@ def evaluate(
 ) -> EvaluationReport:
     """Clean accuracy, then attacks in order, each on the examples that still stand.
 
-    Every batch is padded to one lane shape and compiled once for each attack, all attacks at the
-    same time; a ``drive.Host`` is asked about the examples alone. An example counts as broken after
-    a separate float32 forward pass of the very input that the attack returned. ``evaluate.iter``
-    takes the same arguments but ``progress`` and yields an :class:`EvaluationEvent` after every
-    batch; ``evaluate.warm_up`` only compiles.
+    Each attack is compiled once, for a fixed number of lanes, all attacks at the same time. A lane
+    holds an example until its attack has ended, restarts and target classes included, and then
+    takes the next that waits: lanes are at different steps, and few are idle. A ``drive.Host`` is
+    asked about the examples alone. An example counts as broken after a separate float32 forward
+    pass of the very input that the attack returned. ``evaluate.iter`` takes the same arguments but
+    ``progress`` and yields an :class:`EvaluationEvent` whenever examples have ended;
+    ``evaluate.warm_up`` only compiles.
 
-    A run with a directory may be killed at any moment: the same call goes on behind the last
-    finished batch, to the same report, bit for bit on the same number of devices, and returns the
-    report of a finished run at once. It is the same call if data, key, settings, variables and the
-    traced programs of model and attacks are the same; of a ``drive.Host`` nothing can be seen.
+    A run with a directory may be killed at any moment: the same call goes on with the examples that
+    have not ended (with the lanes as they were at most ten seconds before), to the same report, bit
+    for bit on the same number of devices, and returns the report of a finished run at once. It is
+    the same call if data, key, settings, variables and the traced programs of model and attacks are
+    the same; of a ``drive.Host`` nothing can be seen.
 
     Args:
         key: one typed key; an example's random numbers depend on it and on the example's id alone.
         logits_fn: (B, ...) -> (B, C); a bound model, a plain function or a ``drive.Host``.
         data: the examples.
         attacks: one attack, a list, or a dict from names to attacks.
+        search_fn: the model that attacks search instead, such as the same network in bfloat16. An
+            example's search ends only where ``logits_fn`` agrees that it is broken, and the verdict
+            is that of ``logits_fn`` alone.
         batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
             whatever the order of examples and the number of devices. When None, 128 on each device
             of a CPU and 512 on an accelerator, or fewer, as many as ``memory`` holds.
@@ -387,6 +464,7 @@ def evaluate(
         logits_fn,
         data,
         attacks,
+        search_fn=search_fn,
         batch_size=batch_size,
         memory=memory,
         directory=directory,

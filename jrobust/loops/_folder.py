@@ -70,7 +70,8 @@ class Folder:
             if not resume:
                 for name in ("batches", "checkpoints"):
                     shutil.rmtree(self.directory / name, ignore_errors=True)
-                (self.directory / "report.json").unlink(missing_ok=True)
+                for name in ("lanes.npz", "report.json"):
+                    (self.directory / name).unlink(missing_ok=True)
             self.json("configuration.json", wanted)
             (self.directory / "metrics.jsonl").write_text("")
             if self._columns:
@@ -81,19 +82,32 @@ class Folder:
     def once(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """The arrays of the batch ``name``: from its file, or computed now and stored."""
         if name in self._stored:
-            assert self.directory is not None
             self.resumed += 1
-            with np.load(self.directory / "batches" / f"{name}.npz") as file:
-                return dict(file)
+            batch = self.load(f"batches/{name}.npz")
+            assert batch is not None
+            return batch
         self._computed += 1
         batch = compute()
         self.save(f"batches/{name}.npz", **batch)
         return batch
 
+    def stored(self, prefix: str) -> list[str]:
+        """Names of the batches that were there when the run began, in order."""
+        return sorted(name for name in self._stored if name.startswith(prefix))
+
+    def load(self, name: str) -> Arrays | None:
+        """The arrays of an ``.npz``, None where there is none."""
+        if self.directory is None or not (self.directory / name).exists():
+            return None
+        with np.load(self.directory / name) as file:
+            return dict(file)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``report.json``, unless the run was finished and has only been read again."""
         if self.directory is None:
             return
+        if self._writes:
+            (self.directory / "lanes.npz").unlink(missing_ok=True)
         if self._computed or not (self.directory / "report.json").exists():
             self.json("report.json", summary)
 
