@@ -147,6 +147,7 @@ def evaluation(directory, *, key=1, model=None, attack=None, rows=slice(None), *
         attack,
         directory=directory,
         progress=False,
+        checks=False,
         mesh=ONE,
         **options,
     )
@@ -374,6 +375,7 @@ def test_settings_of_the_calling_thread_hold():
             runs.problem(),
             {str(i): attacks.FGSM(Linf(0.01 * i)) for i in (1, 2)},
             progress=False,
+            checks=False,
             mesh=ONE,
         )
     # The search as the user has it, verdicts at the highest precision.
@@ -396,6 +398,7 @@ def test_lanes_and_chunks_fit_into_memory():
             attacks.FGSM(Linf(0.1)),
             memory=memory,
             progress=False,
+            checks=False,
             mesh=ONE,
         )
         return report.configuration["batch_size"]

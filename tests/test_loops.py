@@ -84,7 +84,7 @@ CORRECT = DISTANCE > 0
 
 
 def evaluate(attacks, data=DATA, logits_fn=None, **settings):
-    settings = {"mesh": ONE, "progress": False, "batch_size": 8, **settings}
+    settings = {"mesh": ONE, "progress": False, "checks": False, "batch_size": 8, **settings}
     return loops.evaluate(
         KEY, model() if logits_fn is None else logits_fn, data, attacks, **settings
     )
@@ -215,7 +215,9 @@ def test_one_attack_finds_what_run_finds():
     np.testing.assert_allclose(
         found.examples["distance"][CORRECT], np.asarray(direct.distance)[CORRECT], atol=1e-6
     )
-    other = loops.evaluate(jax.random.key(1), model(), DATA, RANDOM, mesh=ONE, progress=False)
+    other = loops.evaluate(
+        jax.random.key(1), model(), DATA, RANDOM, mesh=ONE, progress=False, checks=False
+    )
     assert np.any(other.x[broken] != found.x[broken])
 
 
@@ -358,12 +360,23 @@ def test_rows_are_on_disk_before_the_end(tmp_path):
     events.close()
 
 
+def by_attack(event):
+    return CORRECT if event.attack == "clean" else DISTANCE > EPS
+
+
 def test_events_of_an_evaluation():
     events = list(
         loops.evaluate.iter(KEY, model(), DATA, [FGSM(box(EPS))] * 2, batch_size=8, mesh=ONE)
     )
     clean = CORRECT.sum()
     robust = (DISTANCE > EPS).sum()
+    for e in events:
+        # Of the first examples without a gap: broken before or by this attack, or not.
+        assert e.prefix[0] == by_attack(e)[: e.prefix[1]].sum()
+    assert all(e.prefix[1] == N for e in (events[2], events[5], events[-1]))
+    assert 0 < events[3].prefix[1] < N
+    low, high = events[-1].interval(0.01)
+    assert low < robust / N < high
     stages = [(e.attack, e.finished, e.total) for e in events]
     assert stages == [
         *[("clean", n, N) for n in (8, 16, 21)],
@@ -719,7 +732,13 @@ def test_a_flax_model_with_batch_norm_learns(mesh):
     best = max(means["validation"] for means in report.history)
     assert report.history[report.best_epoch - 1]["validation"] == best
     again = loops.evaluate(
-        KEY, report.model, data[32:], PGD(Linf(0.01), steps=2), mesh=ONE, progress=False
+        KEY,
+        report.model,
+        data[32:],
+        PGD(Linf(0.01), steps=2),
+        mesh=ONE,
+        progress=False,
+        checks=False,
     )
     assert abs(again.robust_accuracy - best) <= 1 / 8  # another start of the attack
 

@@ -108,7 +108,7 @@ WALK = attacks.PGD(Linf(0.1), steps=30, step_size=0.005, random_start=False)
 
 
 def evaluate(attack=WALK, fn=None, **options):
-    options = {"batch_size": 4, "mesh": ONE, "progress": False, **options}
+    options = {"batch_size": 4, "mesh": ONE, "progress": False, "checks": False, **options}
     return loops.evaluate(KEY, model() if fn is None else fn, DATA, attack, **options)
 
 

@@ -181,3 +181,57 @@ def test_false_certificates():
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+# confidence_sequence
+
+
+def test_confidence_sequence_closed_form():
+    # Successes only: p^n = alpha / (n + 1).
+    n = np.array([1, 2, 10, 1000, 100_000])
+    lower, upper = statistics.confidence_sequence(n, n, 0.05)
+    np.testing.assert_allclose(lower, (0.05 / (n + 1)) ** (1 / n), rtol=1e-12)
+    assert np.all(lower <= (0.05 / (n + 1)) ** (1 / n))
+    np.testing.assert_array_equal(upper, 1)
+    mirrored = statistics.confidence_sequence(0, n, 0.05)
+    np.testing.assert_allclose(mirrored[1], 1 - lower, rtol=1e-12)
+    assert statistics.confidence_sequence(0, 0, 0.05) == (0.0, 1.0)
+    # In general: the exact integral over the likelihood is 1 / alpha at both ends.
+    k, n = np.array([3, 50, 999]), np.array([10, 120, 1000])
+    for p in statistics.confidence_sequence(k, n, 0.01):
+        for i, end in enumerate(p):
+            like = [Fraction(float(end)), 1 - Fraction(float(end))]
+            value = like[0] ** int(k[i]) * like[1] ** int(n[i] - k[i])
+            mixture = Fraction(
+                math.factorial(int(k[i])) * math.factorial(int(n[i] - k[i])),
+                math.factorial(int(n[i]) + 1),
+            )
+            ratio = float(mixture / value)
+            assert 100 <= ratio < 100 * (1 + 1e-8)
+
+
+def test_confidence_sequence_holds_at_all_times_at_once():
+    rng = np.random.default_rng(3)
+    runs, trials, alpha = 4000, 200, 0.1
+    n = np.arange(1, trials + 1)
+    counts = np.minimum(np.arange(trials + 1), n[:, None])  # every count that can occur
+    lower, upper = statistics.confidence_sequence(counts, n[:, None], alpha)
+    low = statistics.clopper_pearson_lower(counts, n[:, None], alpha / 2)
+    high = statistics.clopper_pearson_upper(counts, n[:, None], alpha / 2)
+    for p in (0.02, 0.5, 0.9):
+        k = np.cumsum(rng.random((runs, trials)) < p, 1)
+        at = n - 1, k
+        missed = np.mean(np.any((p < lower[at]) | (p > upper[at]), 1))
+        assert missed <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
+        assert missed > alpha / 50  # not vacuous
+        # Intervals for a fixed number of trials, looked at after each, are wrong far more often.
+        assert np.mean(np.any((p < low[at]) | (p > high[at]), 1)) > 1.5 * alpha
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "alpha", "error"),
+    [(1.0, 2, 0.1, TypeError), (3, 2, 0.1, ValueError), (1, 2, 0.0, ValueError)],
+)
+def test_confidence_sequence_refuses(k, n, alpha, error):
+    with pytest.raises(error):
+        statistics.confidence_sequence(k, n, alpha)

@@ -11,17 +11,20 @@ from jrobust.loops._fit import (
     RobustAccuracy,
     fit,
 )
+from jrobust.loops._reliability import Doubt, ReliabilityWarning
 
 __all__ = [
     "CertificationEvent",
     "CertificationReport",
     "CleanAccuracy",
     "Diverged",
+    "Doubt",
     "EvaluationEvent",
     "EvaluationReport",
     "FitEvent",
     "FitReport",
     "NoisyAccuracy",
+    "ReliabilityWarning",
     "RobustAccuracy",
     "certify",
     "evaluate",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from jax.sharding import Mesh
 
 from jrobust import _run, drive, parallel
 from jrobust._algorithm import describe
-from jrobust.attacks import Attack, AttackResult
+from jrobust.attacks import Attack, AttackResult, GradientAttack, with_eps
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
-from jrobust.loops import _identity, _queue
+from jrobust.loops import _identity, _queue, _reliability
 from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
@@ -31,6 +32,8 @@ from jrobust.loops._lanes import (
     surroundings,
 )
 from jrobust.loops._programs import Clock, Job, Programs
+from jrobust.loops._reliability import Doubt, ReliabilityWarning
+from jrobust.statistics import confidence_sequence
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -57,6 +60,7 @@ class EvaluationReport:
         only_search: with ``search_fn``, points at which attacks ended that fool it alone. They
             count as robust.
         only_model: with ``search_fn``, such points that fool the model alone, and are counted.
+        doubts: reasons to think that the attacks flatter the model; empty if nobody looked.
         configuration: the effective configuration of everything that ran.
         seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
         resumed: batches that came from the directory of an interrupted or finished run.
@@ -70,6 +74,7 @@ class EvaluationReport:
     near_ties: int
     only_search: int
     only_model: int
+    doubts: tuple[Doubt, ...]
     configuration: dict[str, Any]
     seconds: dict[str, float]
     resumed: int = 0
@@ -100,7 +105,10 @@ class EvaluationEvent(NamedTuple):
         attack: name of the attack, or ``"clean"``; ``"done"`` on the last event.
         finished: examples it has been tried on, of ``total``.
         total: examples that stood before it.
-        standing: examples of the data set that stand, those not yet tried included.
+        standing: examples of the data set that stand, those not yet tried included: of their share
+            the robust accuracy is at most.
+        prefix: (robust, examples) of the first examples of the data set, as many as the attack has
+            ended for without a gap.
         report: what :func:`evaluate` returns, on the last event.
     """
 
@@ -108,7 +116,17 @@ class EvaluationEvent(NamedTuple):
     finished: int
     total: int
     standing: int
+    prefix: tuple[int, int]
     report: EvaluationReport | None = None
+
+    def interval(self, alpha: float = 0.05) -> tuple[float, float]:
+        """Bounds on the accuracy after this attack over all inputs, not only the data set's.
+
+        Examples must be independent draws in random order. With probability ``1 - alpha`` the
+        bounds of all events of an attack hold together, so that one may stop at any of them, when
+        they are close enough (:func:`jrobust.statistics.confidence_sequence`).
+        """
+        return confidence_sequence(*self.prefix, alpha)
 
 
 def _predict(logits_fn: Any, x: jax.Array) -> jax.Array:
@@ -161,6 +179,7 @@ class _Evaluation:
         attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
         *,
         search_fn: Any = None,
+        checks: bool = True,
         batch_size: int | None = None,
         memory: int | None = None,
         directory: Any = None,
@@ -184,6 +203,9 @@ class _Evaluation:
         if search_fn is not None:
             self._searched, self._judge = _run.as_pytree(search_fn), self._model
         self._attacks = [_run.strong(attack) for attack in self._named.values()]
+        # Whose gradients are looked at: those of the first attack that has some.
+        white = [n for n, attack in self._named.items() if _reliability.needs_gradients(attack)]
+        self._checks, self._checked = checks, None if self._host or not white else white[0]
         self._directory, self._resume = directory, resume
         planned = batch_size is not None or self._host
         if not planned and directory is not None and resume:
@@ -210,6 +232,10 @@ class _Evaluation:
         jobs = {"clean": Job(_predict, (self._model, example[0]), (None, 0))}
         if self._judge is not None:
             jobs["search_fn"] = Job(_predict, (self._searched, example[0]), (None, 0))
+        if self._checks and self._checked is not None:
+            threat = self._attacks[list(self._named).index(self._checked)].threats()[0]
+            args = (threat, self._key, self._searched, *example)
+            jobs["checks"] = Job(_reliability.signs, args, (None, None, None, 0, 0, 0))
         models = self._searched, self._judge
         for number, (name, attack) in enumerate(zip(self._named, self._attacks)):
             jobs[name] = _queue.job(number, attack, self._key, *models, example)
@@ -270,6 +296,50 @@ class _Evaluation:
             keep,
         )
 
+    def _doubts(self, correct: np.ndarray, robust: np.ndarray, folder: Folder) -> list[Doubt]:
+        """Looks at a batch of correct examples, and at an attack on a batch that stands."""
+        name, size = self._checked, self._programs.size
+        if name is None or not len(correct):
+            return []
+
+        def look() -> Arrays:
+            example = self._lane(np.resize(correct, size))
+            threat = self._attacks[list(self._named).index(name)].threats()[0]
+            found = self._call("checks", threat, self._key, self._searched, *example)
+            return {k: v[: len(correct)] for k, v in parallel.fetch(found._asdict()).items()}
+
+        doubts = _reliability.of_signs(folder.once("checks", look))
+        if len(robust):
+            attack = self._attacks[list(self._named).index(name)]
+            stages = folder.once("checks-attack", lambda: self._course(name, attack, robust[:size]))
+            doubts += _reliability.of_attack(name, stages)
+        return doubts
+
+    def _course(self, name: str, attack: Attack, index: np.ndarray) -> Arrays:
+        """Success and loss of the first attack at a batch on its way, and without a bound."""
+        size = self._programs.size
+        example = self._lane(np.resize(index, size))
+        held = np.arange(size) < len(index)
+        (threat,) = attack.threats()[:1]
+        lo, hi = (float(f(np.asarray(v))) for f, v in ((np.min, threat.lo), (np.max, threat.hi)))
+        free = _run.strong(with_eps(attack, threat.widest(hi - lo, example[0].shape[1:])))
+        stages = {"start": 1, "end": 1 << 30}
+        if isinstance(attack, GradientAttack) and attack.keep in ("success", "loss"):
+            stages = {"start": 1, "most": 1 + attack.moves * 4 // 5, "end": 1 << 30}
+        found: Arrays = {}
+        for chosen, until in ((attack, stages), (free, {"free": 1 << 30})):
+            state: Any = _queue.blank(chosen, self._key, *example)
+            fresh, made = np.ones(size, bool), 0
+            for stage, more in until.items():
+                state, _, result = self._call(
+                    name, chosen, self._key, self._searched, self._judge,
+                    max(0, more - made), 0, state, held, fresh, *example,
+                )  # fmt: skip
+                fresh, made = np.zeros(size, bool), more
+                for part in ("success", "loss"):
+                    found[f"{stage}_{part}"] = parallel.fetch(getattr(result, part))[held]
+        return found
+
     def _identity(self) -> dict[str, str]:
         sets = (self._data.x, self._data.y, self._data.id)
         if self._host:
@@ -305,6 +375,13 @@ class _Evaluation:
             for column in batch.keys() & table.keys():
                 table[column][piece] = batch[column]
 
+        def event(
+            name: str, finished: int, of: int, ended: int, report: EvaluationReport | None = None
+        ) -> EvaluationEvent:
+            robust = table["robust"]
+            prefix = int(robust[:ended].sum()), ended
+            return EvaluationEvent(name, finished, of, int(robust.sum()), prefix, report)
+
         def predict(piece: np.ndarray) -> Arrays:
             prediction = self._classify(data.x[piece])
             correct = prediction == data.y[piece]
@@ -318,7 +395,7 @@ class _Evaluation:
             enter(piece, folder.once(f"0-{number:06d}", functools.partial(predict, piece)))
             record(piece[~table["correct"][piece]])
             done += len(piece)
-            yield EvaluationEvent("clean", done, total, int(table["robust"].sum()))
+            yield event("clean", done, total, done)
         standing = [int(table["robust"].sum())]
         folder.metrics(stage="clean", accuracy=standing[0] / total)
 
@@ -364,7 +441,7 @@ class _Evaluation:
 
         counts = dict.fromkeys(("near_ties", "only_search", "only_model"), 0)
         for stage, name in enumerate(named):
-            before, done = standing[-1], 0
+            before, done, waiting = standing[-1], 0, table["robust"].copy()
             for batch in batches(stage):
                 piece = batch["index"]
                 enter(piece, batch)
@@ -374,10 +451,21 @@ class _Evaluation:
                     counts[count] += int(batch[count])
                 record(broken)
                 done += len(piece)
-                yield EvaluationEvent(name, done, before, int(table["robust"].sum()))
+                waiting[piece] = False
+                ended = int(np.argmax(waiting)) if waiting.any() else total
+                yield event(name, done, before, ended)
             standing.append(int(table["robust"].sum()))
             folder.metrics(stage=name, accuracy=standing[-1] / total)
         record(np.flatnonzero(table["robust"]))
+        doubts: list[Doubt] = []
+        if self._checks:
+            doubts = _reliability.of_settings(named)
+            doubts += self._doubts(
+                np.flatnonzero(table["correct"]), np.flatnonzero(table["robust"]), folder
+            )
+            doubts += _reliability.of_course(
+                named, standing, total, counts["near_ties"], counts["only_search"]
+            )
 
         report = EvaluationReport(
             examples=table,
@@ -386,6 +474,7 @@ class _Evaluation:
             standing=np.array(standing),
             non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
             **counts,
+            doubts=tuple(doubts),
             configuration=folder.configuration,
             seconds=self._clock.total(),
             resumed=folder.resumed,
@@ -397,12 +486,13 @@ class _Evaluation:
                 "robust_accuracy": report.robust_accuracy,
                 "standing": dict(zip(["clean", *report.attacks], standing)),
                 "non_finite": report.non_finite,
-                "near_ties": report.near_ties,
+                **counts,
+                "doubts": [doubt._asdict() for doubt in doubts],
                 "seconds": report.seconds,
                 "resumed": report.resumed,
             }
         )
-        yield EvaluationEvent("done", total, total, standing[-1], report)
+        yield event("done", total, total, total, report)
 
 
 @loop(_Evaluation)
@@ -413,6 +503,7 @@ def evaluate(
     attacks: Attack | Sequence[Attack] | Mapping[str, Attack],
     *,
     search_fn: Any = None,
+    checks: bool = True,
     batch_size: int | None = None,
     memory: int | None = None,
     directory: Any = None,
@@ -444,6 +535,11 @@ def evaluate(
         search_fn: the model that attacks search instead, such as the same network in bfloat16. An
             example's search ends only where ``logits_fn`` agrees that it is broken, and the verdict
             is that of ``logits_fn`` alone.
+        checks: look for signs that the attacks flatter the model: probabilities in place of logits,
+            gradients that are zero or do not foresee the loss, an attack that was still rising or
+            fails even without a bound, one without gradients that beats those with gradients,
+            few steps. What is found is in ``doubts``, and warned about
+            (:class:`ReliabilityWarning`). Costs up to two runs of the first attack on one batch.
         batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
             whatever the order of examples and the number of devices. When None, 128 on each device
             of a CPU and 512 on an accelerator, or fewer, as many as ``memory`` holds.
@@ -465,6 +561,7 @@ def evaluate(
         data,
         attacks,
         search_fn=search_fn,
+        checks=checks,
         batch_size=batch_size,
         memory=memory,
         directory=directory,
@@ -477,4 +574,6 @@ def evaluate(
                 share = event.standing / len(data)
                 bar.update(event.attack, event.finished, event.total, accuracy=share)
     assert event.report is not None
+    for doubt in event.report.doubts:
+        warnings.warn(str(doubt), ReliabilityWarning, stacklevel=2)
     return event.report

@@ -1,0 +1,189 @@
+"""Evaluations that flatter a model say so, and others do not."""
+
+import json
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrobust import data, loops, parallel
+from jrobust._algorithm import algorithm, static
+from jrobust.attacks import FGSM, PGD, restarts, sequence
+from jrobust.drive import Host
+from jrobust.loops import ReliabilityWarning
+from jrobust.models import Bound, randomized
+from jrobust.threat import L2, Linf
+from jrobust.zeroth_order import CGE
+
+KEY = jax.random.key(2)
+ONE = parallel.mesh(jax.devices()[:1])
+D = 8
+SLOPE = np.random.default_rng(0).normal(size=(D, 3)).astype(np.float32)
+
+
+def linear(params, extra, x):
+    return (x - 0.5) @ params["w"]
+
+
+def rounded(params, extra, x):
+    return linear(params, extra, jnp.round(8 * x) / 8)
+
+
+def probable(params, extra, x):
+    return jax.nn.softmax(linear(params, extra, x))
+
+
+def rough(params, extra, x):
+    """Logits that hardly change, with gradients that are all noise."""
+    return linear(params, extra, x) + 1e-4 * jnp.sin(3e5 * x[:, :3])
+
+
+def model(fn=linear):
+    return Bound({"w": jnp.asarray(SLOPE)}, {}, fn)
+
+
+def problem(n=24):
+    x = np.random.default_rng(1).uniform(0.1, 0.9, (n, D)).astype(np.float32)
+    return data.Dataset(x, np.argmax((x - 0.5) @ SLOPE, 1).astype(np.int32))
+
+
+DATA = problem()
+GOOD = PGD(Linf(0.05), steps=20)
+
+
+def evaluate(attack=GOOD, fn=linear, **options):
+    """The report, and the kinds of the warnings given."""
+    options = {"batch_size": 8, "mesh": ONE, "progress": False, **options}
+    logits_fn = fn if isinstance(fn, Host) or not callable(fn) else model(fn)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        report = loops.evaluate(KEY, logits_fn, DATA, attack, **options)
+    assert all(issubclass(one.category, ReliabilityWarning) for one in given)
+    assert [str(one.message) for one in given] == [str(doubt) for doubt in report.doubts]
+    return report, {doubt.kind for doubt in report.doubts}
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        GOOD,
+        PGD(L2(0.1), steps=20, keep="loss"),
+        sequence(GOOD, restarts(GOOD, 2)),
+        {"one": GOOD, "two": PGD(Linf(0.06), steps=40)},
+    ],
+    ids=["Linf", "L2", "sequence", "two"],
+)
+def test_a_sound_evaluation_gives_no_warning(attack):
+    report, kinds = evaluate(attack)
+    assert 0 < report.robust_accuracy < 1
+    assert kinds == set()
+
+
+def test_probabilities_in_place_of_logits(tmp_path):
+    report, kinds = evaluate(fn=probable, directory=tmp_path)
+    assert kinds == {"probabilities"}
+    (doubt,) = report.doubts
+    assert "softmax" in doubt.remedy
+    assert json.loads((tmp_path / "report.json").read_text())["doubts"] == [doubt._asdict()]
+    again, kinds = evaluate(fn=probable, directory=tmp_path)
+    assert again.doubts == report.doubts
+    assert again.seconds["run"] == 0
+
+
+def test_zero_gradients_and_queries_that_win():
+    query = PGD(Linf(0.05), steps=20, estimator=CGE(0.1))
+    report, kinds = evaluate({"pgd": GOOD, "cge": query}, rounded)
+    assert report.standing[1] > report.standing[2]
+    assert kinds == {"zero gradients", "queries win", "unbounded attack fails"}
+    assert "8 of 8" in report.doubts[0].message
+    # Queries first: nothing that gradients missed.
+    assert "queries win" not in evaluate({"cge": query, "pgd": GOOD}, rounded)[1]
+
+
+def test_gradients_that_foresee_nothing():
+    _, kinds = evaluate(fn=rough)
+    assert "unstable gradients" in kinds
+    assert "zero gradients" not in kinds
+
+
+def test_an_attack_that_has_not_arrived():
+    slow = PGD(Linf(0.05), steps=20, step_size=0.001, random_start=False)
+    report, kinds = evaluate(slow)
+    assert kinds == {"incomplete optimisation", "unbounded attack fails"}
+    assert re.search("brings 2[01]%", report.doubts[0].message)
+    assert kinds == evaluate({"slow": slow, "good": GOOD})[1]
+
+
+def test_few_steps():
+    report, kinds = evaluate(
+        {"fast": FGSM(Linf(0.05)), "seq": sequence(GOOD, PGD(Linf(0.05), steps=5))}
+    )
+    assert "few steps" in kinds
+    assert "fast (1), seq (5)" in report.doubts[0].message
+
+
+@algorithm
+class Claims(PGD):
+    """Claims success beside the input."""
+
+    steps: int = static(default=20)
+
+    def result(self, state):
+        found = super().result(state)
+        return found._replace(x=state.record.x0, success=found.success | True)
+
+
+def test_claims_that_do_not_verify():
+    assert "near ties" in evaluate({"claims": Claims(Linf(0.05)), "good": GOOD})[1]
+
+
+def test_a_search_model_that_leads_astray():
+    def early(x):
+        logits = linear({"w": jnp.asarray(SLOPE)}, {}, x)
+        return logits.at[:, 0].add(-0.3)
+
+    report, kinds = evaluate(search_fn=early)
+    assert report.only_search > 0
+    assert "search model differs" in kinds
+
+
+def test_nothing_is_looked_at_when_nobody_asks():
+    report, kinds = evaluate(FGSM(Linf(0.05)), probable, checks=False)
+    assert report.doubts == ()
+    # Nor can gradients be asked of a black box; its settings can.
+    calls = []
+
+    def black_box(x):
+        calls.append(len(x))
+        return (x - 0.5) @ SLOPE
+
+    attack = PGD(Linf(0.05), steps=2, estimator=CGE(1e-2))
+    report, kinds = evaluate(attack, Host(black_box))
+    assert kinds == {"few steps"}
+    broken = (~report.examples["robust"]).sum()
+    assert sum(calls) == len(DATA) + report.examples["forwards"].sum() + broken
+
+
+def test_models_that_draw_are_looked_at_too():
+    def noisy(keys, x):
+        noise = jax.vmap(lambda key, row: jax.random.normal(key, row.shape))(keys, x)
+        return linear({"w": jnp.asarray(SLOPE)}, {}, x + 0.01 * noise)
+
+    drawing = randomized(noisy, jax.random.key(1), samples=2, votes=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReliabilityWarning)
+        report = loops.evaluate(KEY, drawing, DATA, GOOD, batch_size=8, mesh=ONE, progress=False)
+    assert not {"zero gradients", "unstable gradients"} & {d.kind for d in report.doubts}
+
+
+def test_everything_broken_or_everything_wrong():
+    report, kinds = evaluate(PGD(Linf(0.5), steps=20))
+    assert report.robust_accuracy == 0
+    assert kinds == set()
+    wrong = data.Dataset(DATA.x, (DATA.y + 1) % 3, DATA.id)
+    report = loops.evaluate(KEY, model(), wrong, GOOD, batch_size=8, mesh=ONE, progress=False)
+    assert report.clean_accuracy == 0
+    assert report.doubts == ()
