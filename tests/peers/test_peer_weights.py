@@ -89,3 +89,42 @@ def test_attacks_on_a_live_module():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "live"
+
+
+# One identifier for each network and class of RobustBench's, all of them where that is cheap.
+def identifiers():
+    from jrobust.models import _robustbench
+
+    seen = set()
+    for (dataset, threat), table in _robustbench._MODELS.items():
+        for name, module in table.items():
+            large = isinstance(module, models.WideResNet) and module.depth > 28
+            key = repr(module) if large else name
+            if (dataset, threat if not large else None, key) not in seen:
+                seen.add((dataset, threat if not large else None, key))
+                yield dataset, threat, name
+
+
+def test_logits_of_every_architecture_of_robustbench(tmp_path):
+    forward = jax.jit(lambda model, x: model(x))
+    path, absent, errors = tmp_path / "model", [], {}
+    command = [PEER, HERE / "_torch_zoo.py"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as zoo:
+        for dataset, threat, name in identifiers():
+            print(dataset, threat, name, path, file=zoo.stdin, flush=True)
+            if (answer := zoo.stdout.readline().strip()) == "absent":
+                absent.append(name)
+                continue
+            assert answer, "RobustBench's process ended"
+            module = models.robustbench(name, dataset, threat)
+            model = models.network(module).bind(*models.from_torch(module, f"{path}.pt"))
+            with np.load(f"{path}.npz") as given:
+                theirs = given["logits"]
+                with jax.default_matmul_precision("highest"):
+                    ours = forward(model, jnp.asarray(given["x"]))
+            errors[dataset, threat, name] = float(np.abs(ours - theirs).max() / abs(theirs).max())
+    assert zoo.returncode == 0
+    assert not absent
+    assert len(errors) > 60
+    assert {name: error for name, error in errors.items() if not error <= 1e-4} == {}
