@@ -45,7 +45,7 @@ test-newest:
 # (an old requests, torchvision) serve no attack of it.
 .venv-peer/.installed: Makefile
 	$(PYTHON) -m venv .venv-peer
-	$(PEER) $(PIP) 'torch==2.13.0' numpy 'foolbox==3.3.4' 'pyautoattack==0.2.0'
+	$(PEER) $(PIP) 'torch==2.13.0' numpy pillow 'foolbox==3.3.4' 'pyautoattack==0.2.0'
 	$(PEER) $(PIP) --no-deps 'torchattacks==3.5.1' 'robustbench==1.1.1'
 	$(PEER) $(PIP) 'jax==0.10.2' flax optax scipy
 	@touch $@
@@ -58,6 +58,8 @@ peers: .venv/.installed .venv-peer/.installed
 bench: .venv/.installed .venv-peer/.installed
 	$(PY) benchmarks/pgd.py --small
 	$(PY) benchmarks/compile.py --small
+	$(PY) benchmarks/loader.py --small
+	$(PY) benchmarks/autoattack.py --small
 
 clean:
 	rm -rf .venv .venv-newest .venv-peer .cache runs benchmarks/out

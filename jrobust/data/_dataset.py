@@ -54,3 +54,7 @@ class Dataset:
                 "one example write data[i:i + 1]"
             )
         return Dataset(self.x[index], self.y[index], self.id[index])
+
+    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs (n, ...), int32 labels (n,) and ids (n,) of the examples at ``index`` (n,)."""
+        return self.x[index], self.y[index].astype(np.int32), self.id[index]

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,9 @@ from jrobust._algorithm import algorithm, describe
 from jrobust.attacks import Attack
 from jrobust.attacks._base import forward, succeeds
 from jrobust.checkpoint import Checkpoints
-from jrobust.data import Dataset
+from jrobust.data import Dataset, Source
+from jrobust.data._stream import order as _order
+from jrobust.data._stream import reads
 from jrobust.loops._folder import Folder
 from jrobust.loops._lanes import (
     Bar,
@@ -48,6 +50,9 @@ from jrobust.training import (
 )
 
 Array = jax.Array
+
+# Examples of a source that are checked before any compute.
+_SAMPLE = 128
 
 # Seconds between checkpoints, and after how many updates to look at the clock.
 _PATIENCE, _LOOK = 30.0, 50
@@ -167,17 +172,11 @@ class Diverged(FloatingPointError):
         self.report = report
 
 
-def _order(key: Array, epoch: int, total: int) -> np.ndarray:
-    """The order of an epoch: a function of the key and the epoch alone."""
-    seed = [int(word) for word in jax.random.key_data(key).ravel()]
-    return np.random.default_rng([*seed, epoch]).permutation(total)
-
-
 def _check(
     key: Array,
     network: Network,
     objective: Objective,
-    train: Dataset,
+    train: Dataset | Source,
     epochs: int,
     validation: Dataset | None,
     validate: Validate | None,
@@ -189,18 +188,20 @@ def _check(
             "make one with jrobust.models.network(module)"
         )
     check_count("epochs", epochs)
-    check_data(train, "train")
-    sets: list[tuple[Dataset, Any]] = [(train, objective)]
+    # Of a source, what can be told from a few examples; the others are checked when they are read.
+    sample = train[:_SAMPLE].read() if isinstance(train, Source) else train
+    check_data(sample, "train")
+    sets: list[tuple[Dataset, Any]] = [(sample, objective)]
     if validation is None and validate is not None:
         raise ValueError("validate= is a metric of validation examples: pass validation= too")
     if validation is not None:
         check_data(validation, "validation")
         if validate is not None and (isinstance(validate, type) or not callable(validate)):
             raise TypeError(f"validate must be a metric such as CleanAccuracy(), got {validate!r}")
-        if validation.x.shape[1:] != train.x.shape[1:]:
+        if validation.x.shape[1:] != sample.x.shape[1:]:
             raise ValueError(
                 f"validation examples have shape {validation.x.shape[1:]}, training examples "
-                f"{train.x.shape[1:]}"
+                f"{sample.x.shape[1:]}"
             )
         sets.append((validation, validate))
         shared = np.intersect1d(train.id, validation.id)
@@ -209,8 +210,11 @@ def _check(
                 f"{len(shared)} example ids are in both train and validation (first {shared[0]}): "
                 "give the sets distinct ids"
             )
-    abstract = jax.eval_shape(network.init, key, jnp.asarray(train.x[:1]))
-    classes = _run.count_classes(network.bind(*abstract), jnp.asarray(train.x[:1]))
+    first = jnp.asarray(sample.x[:1])
+    abstract = jax.eval_shape(network.init, key, first)
+    classes = _run.count_classes(network.bind(*abstract), first)
+    if isinstance(train, Source) and train.classes > classes:
+        raise ValueError(f"{train.name} has {train.classes} classes, the network {classes}")
     for data, use in sets:
         _run.check_labels("y", data.y, classes)
         check_shared(use, data)
@@ -227,7 +231,7 @@ class _Fit:
         network: Network,
         objective: Objective,
         tx: optax.GradientTransformation,
-        train: Dataset,
+        train: Dataset | Source,
         *,
         epochs: int,
         batch_size: int = 128,
@@ -266,20 +270,18 @@ class _Fit:
             **surroundings(key, self._mesh),
         }
 
-    def _batch(self, index: np.ndarray, mask: np.ndarray) -> Batch:
-        train = self._train
-        y = train.y[index].astype(np.int32)
-        return Batch(*map(jnp.asarray, (train.x[index], y, train.id[index], mask)))
-
-    def _lane(self, data: Dataset, index: np.ndarray) -> tuple[Array, ...]:
-        arrays = (data.x[index], data.y[index].astype(np.int32), data.id[index])
-        return tuple(map(jnp.asarray, arrays))
+    def _batches(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Batch]:
+        """Batches of rows of the training data, and which of them count."""
+        found = reads(self._train, [index for index, _ in pieces])
+        for arrays, (_, mask) in zip(found, pieces):
+            yield Batch(*map(jnp.asarray, (*arrays, mask)))
 
     @functools.cached_property
     def _state(self) -> State:
         """Before the first update, on every device."""
         with self._clock.measure("compile"):
-            state = self._init(self._key, self._network, jnp.asarray(self._train.x[:1]))
+            x, _, _ = self._train.rows(np.arange(1))
+            state = self._init(self._key, self._network, jnp.asarray(x))
             return parallel.replicate(state, self._mesh)
 
     @functools.cached_property
@@ -288,11 +290,11 @@ class _Fit:
 
     @functools.cached_property
     def _jobs(self) -> dict[str, Job]:
-        index = np.resize(np.arange(len(self._train)), self._lanes)
+        (example,) = self._batches([next(rows(np.arange(len(self._train)), self._lanes))])
         jobs = {
             "update": Job(
                 self._update,
-                (self._state, jnp.asarray(True), self._batch(index, index >= 0)),
+                (self._state, jnp.asarray(True), example),
                 in_axes=(None, None, 0),
                 out_axes=None,
                 backend="jit",
@@ -302,7 +304,7 @@ class _Fit:
         if self._validation is not None:
             index = np.resize(np.arange(len(self._validation)), self._width)
             model = self._network.bind(*self._state.weights)
-            args = (self._held, model, *self._lane(self._validation, index))
+            args = (self._held, model, *map(jnp.asarray, self._validation.rows(index)))
             out = jax.eval_shape(self._validate, *args)
             if getattr(out, "shape", None) != (self._width,):
                 raise ValueError(
@@ -317,7 +319,13 @@ class _Fit:
         return self._programs.seconds()
 
     def _identity(self) -> dict[str, str]:
-        sets = [(data.x, data.y, data.id) for data in (self._train, self._validation) if data]
+        train = self._train
+        if isinstance(train, Source):  # too much to be read for this
+            sets: list[Any] = [(np.array(train.digest), train.id)]
+        else:
+            sets = [(train.x, train.y, train.id)]
+        if (held := self._validation) is not None:
+            sets.append((held.x, held.y, held.id))
         return self._programs.identity(sets, self._state)
 
     def events(self) -> Iterator[FitEvent]:
@@ -395,9 +403,10 @@ class _Fit:
         del self._jobs, self._state
         while account.epoch < self._epochs:
             pieces = list(rows(_order(self._key, account.epoch + 1, total), self._lanes))
-            for index, mask in pieces[account.position :]:
+            left = pieces[account.position :]
+            for batch, (_, mask) in zip(self._batches(left), left):
                 with clock.measure("run"):
-                    run.update(programs["update"], self._batch(index, mask), int(mask.sum()))
+                    run.update(programs["update"], batch, int(mask.sum()))
                     # One update behind, so that the device need not wait for the host.
                     check(run.collect(keep=1))
                     if account.position + 1 < len(pieces) and due(account.updates + 1):
@@ -430,7 +439,7 @@ class _Fit:
         params, extra = parallel.local(state.weights)
         pieces = rows(np.arange(len(self._train)), self._lanes)
         full = [index for index, mask in pieces if mask.all()] or [np.arange(len(self._train))]
-        batches = (jnp.asarray(self._train.x[index]) for index in full)
+        batches = (jnp.asarray(x) for x, _, _ in reads(self._train, full))
         extra = update_statistics(self._network, params, extra, self._held, batches)
         return parallel.replicate((params, extra), self._mesh)
 
@@ -444,7 +453,7 @@ class _Fit:
         assert data is not None
         model = self._network.bind(*weights)
         hits = [
-            parallel.fetch(program(self._held, model, *self._lane(data, index)))[mask]
+            parallel.fetch(program(self._held, model, *map(jnp.asarray, data.rows(index))))[mask]
             for index, mask in rows(np.arange(len(data)), self._width)
         ]
         return float(np.mean(np.concatenate(hits)))
@@ -502,7 +511,7 @@ def fit(
     network: Network,
     objective: Objective,
     tx: optax.GradientTransformation,
-    train: Dataset,
+    train: Dataset | Source,
     *,
     epochs: int,
     batch_size: int = 128,
@@ -534,7 +543,9 @@ def fit(
         network: ``jrobust.models.network(module)``.
         objective: what to minimise, from ``jrobust.training``.
         tx: optax transformation.
-        train: training examples, float32.
+        train: training examples, a ``Dataset`` of float32 or a ``Source``, whose batches threads
+            read ahead of the device; one thing differs: a run in a directory knows a source by
+            its ``digest`` and its ids, not by its content.
         epochs: passes over ``train``.
         batch_size: examples in a step.
         accumulate: parts into which a batch is cut to save memory; see ``training.step``.

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrobust import parallel
-from jrobust.data import Dataset
+from jrobust.data import Dataset, Source
+from jrobust.data._stream import piece
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -83,10 +84,7 @@ def rows(
     program serves all and fillers are ordinary examples; or left short, without ``fill``.
     """
     for begin in range(0, len(index), lanes):
-        piece = index[begin : begin + lanes]
-        filler = np.resize(index, lanes - len(piece) if fill else 0)
-        piece = np.concatenate([piece, filler])
-        yield piece, np.arange(len(piece)) < len(index) - begin
+        yield piece(index, begin, lanes if fill else min(lanes, len(index) - begin))
 
 
 class Bar:
@@ -123,6 +121,11 @@ class Bar:
 
 def check_data(data: Any, name: str = "data") -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``data`` is what every loop can work on."""
+    if isinstance(data, Source):
+        raise TypeError(
+            f"{name} must be in memory, got a Source: pass {name}.read(), or of a part of it, "
+            f"{name}[:1000].read()"
+        )
     if not isinstance(data, Dataset):
         raise TypeError(
             f"{name} must be a jrobust.data.Dataset, got {type(data).__name__}: wrap arrays in "
