@@ -46,7 +46,7 @@ test-newest:
 .venv-peer/.installed: Makefile
 	$(PYTHON) -m venv .venv-peer
 	$(PEER) $(PIP) 'torch==2.13.0' numpy pillow 'foolbox==3.3.4' 'pyautoattack==0.2.0'
-	$(PEER) $(PIP) --no-deps 'torchattacks==3.5.1' 'robustbench==1.1.1'
+	$(PEER) $(PIP) --no-deps 'torchattacks==3.5.1' 'robustbench==1.1.1' 'adv-lib==0.2.8'
 	$(PEER) $(PIP) 'jax==0.10.2' flax optax scipy
 	@touch $@
 

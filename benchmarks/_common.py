@@ -612,8 +612,9 @@ def table(report: Mapping[str, Any]) -> str:
     lines[-1] += f"{'memory':>8}{'compile':>10}{'cached':>9}"
     for r in report["rows"]:
         lines.append(
-            f"{r['name']:34}{r['batch']:6}{r['examples_per_s']:12.4g}{r['gflops_per_s']:9.4g}"
-            f"{r['fraction_of_limit']:10.1%}{_cell(r['memory_bound'], '8.0%')}"
+            f"{r['name']:34}{r['batch']:6}{_cell(r['examples_per_s'], '.4g'):>12}"
+            f"{_cell(r['gflops_per_s'], '.4g'):>9}{_cell(r['fraction_of_limit'], '.1%'):>10}"
+            f"{_cell(r['memory_bound'], '.0%'):>8}"
             f"{_cell(r['compile_cold_s'], '8.2f'):>9}s{_cell(r['compile_warm_s'], '7.2f'):>8}s"
         )
     lines += ["", f"{'':50}{'median':>8}{'low':>8}{'high':>8}"]

@@ -24,6 +24,7 @@ from jrobust import (
     zeroth_order,
 )
 from jrobust._algorithm import algorithm, static
+from jrobust._inspect import inspect
 from jrobust._run import run, sweep
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "debug",
     "drive",
     "ensembles",
+    "inspect",
     "keys",
     "loops",
     "losses",

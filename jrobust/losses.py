@@ -59,7 +59,7 @@ def dlr(logits: Array, y: Array) -> Array:
     Croce & Hein (2020), eq. 6; invariant under shifts and positive scaling of the logits. Needs
     three classes; raises ``ValueError`` below.
     """
-    _need(logits, 3, "dlr", "margin")
+    _need(logits, 3, "dlr", "margin or losses.dlr_or_margin")
     logits = logits.astype(jnp.float32)
     top = jax.lax.top_k(logits, 3)[0]
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
@@ -70,11 +70,24 @@ def dlr_targeted(logits: Array, y: Array, target: Array) -> Array:
 
     Croce & Hein (2020), eq. 7. Needs four classes; raises ``ValueError`` below.
     """
-    _need(logits, 4, "dlr_targeted", "margin with targets=")
+    _need(logits, 4, "dlr_targeted", "dlr_or_margin_targeted")
     logits = logits.astype(jnp.float32)
     top = jax.lax.top_k(logits, 4)[0]
     scale = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12
     return (_pick(logits, target) - _pick(logits, y)) / scale
+
+
+def dlr_or_margin(logits: Array, y: Array) -> Array:
+    """:func:`dlr`, and :func:`margin` for models of two classes, which have no third logit."""
+    return (dlr if logits.shape[-1] > 2 else margin)(logits, y)
+
+
+def dlr_or_margin_targeted(logits: Array, y: Array, target: Array) -> Array:
+    """:func:`dlr_targeted`; its numerator ``z_t - z_y`` for models of two or three classes."""
+    if logits.shape[-1] > 3:
+        return dlr_targeted(logits, y, target)
+    logits = logits.astype(jnp.float32)
+    return _pick(logits, target) - _pick(logits, y)
 
 
 def kl(logits: Array, reference: Array) -> Array:

@@ -106,6 +106,44 @@ class Report:
         predictions = clean_prediction, adversarial_prediction
         self._figure(caption, plot_images(clean, adversarial, y, *predictions, lo=lo, hi=hi))
 
+    def evaluation(self, title: str, found: Any) -> None:
+        """Add a section on an evaluation, from ``jrobust.loops.evaluate``.
+
+        Accuracy after each attack, a curve over the distances at which examples broke, what the
+        attacks cost, doubts with their remedies, and the configuration.
+        """
+        self.section(title)
+        self.table("Accuracy on what no attack has broken.", *found.table())
+        rows = found.examples
+        broken = rows["correct"] & ~rows["robust"]
+        distances = np.sort(rows["distance"][broken])
+        if len(distances) and distances[-1] > 0:
+            eps = np.concatenate([[0.0], distances])
+            self.curve(
+                "Accuracy where every adversarial input found counts from its own distance on: the "
+                "true curve is nowhere higher.",
+                {"found": (eps, found.curve(eps))},
+                "distance",
+                "accuracy",
+                percent=True,
+            )
+        costs = [
+            [name, int(rows[name].sum()), float(rows[name].mean())]
+            for name in ("forwards", "backwards")
+        ]
+        self.table("Passes through the model.", ["", "in all", "per example"], costs)
+        if found.doubts:
+            self.table(
+                "Reasons to doubt the robust accuracy.",
+                ["sign", "what was found", "remedy"],
+                [list(doubt) for doubt in found.doubts],
+            )
+        elif found.configuration["checks"]:
+            self.text("No sign was found that the attacks flatter the model.")
+        else:
+            self.text("Signs that the attacks flatter the model were not looked for.")
+        self.configuration(found.configuration)
+
     def configuration(self, configuration: Mapping[str, Any]) -> None:
         """Add the effective configuration: names to algorithms, numbers, nested as you like."""
         shown = json.dumps(_short(describe(dict(configuration))), indent=2, ensure_ascii=False)

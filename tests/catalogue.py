@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from jrobust import losses
 from jrobust.attacks import (
+    ALMA,
+    APGD,
+    CW,
+    DDN,
+    EAD,
+    FAB,
     FGSM,
+    FMN,
     MIFGSM,
+    PDGD,
     PGD,
     RSFGSM,
     Attack,
+    AutoAttack,
+    CWLinf,
+    DeepFool,
+    Square,
+    multi_targeted,
     restarts,
     sequence,
     union,
@@ -53,7 +67,47 @@ ATTACKS = [
     Entry("RSFGSM", RSFGSM, own=False),
     Entry("MIFGSM", lambda t: MIFGSM(t, steps=4), random=False, own=False),
     Entry("PGD", lambda t: PGD(t, steps=4)),
+    Entry("APGD", lambda t: APGD(t, steps=4), threats=(Linf, L2, L1)),
+    Entry("FAB", lambda t: FAB(t, steps=4, refine=1), threats=(Linf, L2, L1), random=False),
+    Entry("Square", lambda t: Square(t, queries=40), threats=(Linf, L2, L1)),
+    Entry("DDN", lambda t: DDN(t, steps=20, init_norm=0.3), threats=(L2,), random=False),
+    Entry("FMN", lambda t: FMN(t, steps=20), random=False),
+    Entry(
+        "CW",
+        lambda t: CW(t, steps=40, rounds=3, step_size=0.05, constant=0.1),
+        threats=(L2,),
+        random=False,
+    ),
+    Entry(
+        "CWLinf",
+        lambda t: CWLinf(t, steps=20, step_size=0.05, constant=0.1),
+        threats=(Linf,),
+        random=False,
+        own=False,
+    ),
+    Entry("DeepFool", lambda t: DeepFool(t, steps=10), threats=(L2, Linf), random=False),
+    Entry(
+        "EAD",
+        lambda t: EAD(t, steps=40, rounds=3, constant=0.1),
+        threats=(L1,),
+        random=False,
+        own=False,
+    ),
+    Entry("ALMA", lambda t: ALMA(t, steps=40, alpha=0.5), threats=(L2,), random=False, own=False),
+    Entry("PDGD", lambda t: PDGD(t, steps=40), threats=(L2,), random=False, own=False),
     Entry("restarts", lambda t: restarts(PGD(t, steps=2), 2), ("Restarts",)),
+    Entry(
+        "multi_targeted",
+        lambda t: multi_targeted(APGD(t, steps=3, loss=losses.dlr_targeted), 2),
+        ("MultiTargeted",),
+        threats=(Linf, L2, L1),
+    ),
+    Entry(
+        "AutoAttack",
+        lambda t: AutoAttack(t, steps=3, queries=5),
+        threats=(Linf, L2, L1),
+        own=False,
+    ),
     Entry("sequence", lambda t: sequence(PGD(t, steps=2), FGSM(t)), ("Sequence",)),
     Entry(
         "union",
@@ -65,7 +119,17 @@ ATTACKS = [
 ]
 
 # Public names of jrobust.attacks that are no attacks: the protocol and its parts.
-PROTOCOL = {"Attack", "AttackResult", "GradientAttack", "Record", "State", "with_eps"}
+PROTOCOL = {
+    "Attack",
+    "AttackResult",
+    "GradientAttack",
+    "MinimalNorm",
+    "Record",
+    "State",
+    "with_eps",
+}
+# And what needs a model that draws: tests/test_autoattack.py.
+PROTOCOL |= {"EoT", "eot"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,10 +130,18 @@ def test_contract(entry, kind, key):
 def test_targets_are_reached(entry, key):
     if not entry.targeted:
         with pytest.raises((TypeError, ValueError), match="target"):
-            jrobust.run(entry.make(Linf(0.3)), key, NET, X, Y, targets=(Y + 1) % 4)
+            jrobust.run(entry.make(entry.threats[0](0.3)), key, NET, X, Y, targets=(Y + 1) % 4)
         return
     targets = (Y + 1) % 4
-    result = jrobust.run(entry.make(Linf(0.4)), key, NET, X, Y, ids=IDS, targets=targets)
+    result = jrobust.run(
+        entry.make(entry.threats[0](1.4 * RADII[entry.threats[0].norm][0])),
+        key,
+        NET,
+        X,
+        Y,
+        ids=IDS,
+        targets=targets,
+    )
     np.testing.assert_array_equal(result.success, np.asarray(NET(result.x)).argmax(1) == targets)
     assert np.mean(result.success) > 0.3
 
@@ -159,7 +167,7 @@ def test_state_and_configuration_are_pytrees(entry, kind, key):
 @pytest.mark.parametrize("entry", OWN)
 def test_every_way_to_run_it_agrees(entry, key):
     """Eager, jit, vmap over eps, sharded jit, shard_map and pmap, on eight devices."""
-    attack = entry.make(Linf(np.float32(0.15)))
+    attack = entry.make(entry.threats[0](np.float32(0.5 * RADII[entry.threats[0].norm][0])))
 
     def call(x, y, ids):
         return attack(key, NET, x, y, ids=ids).success
@@ -170,7 +178,7 @@ def test_every_way_to_run_it_agrees(entry, key):
     got = {"eager": call(*batch), "jit": jax.jit(call)(*batch)}
     got["vmap"] = jax.jit(
         jax.vmap(lambda eps: with_eps(attack, eps)(key, NET, *batch[:2], ids=batch[2]).success)
-    )(jnp.float32([0.01, 0.15]))[1]
+    )(jnp.float32([0.01, 0.5 * RADII[entry.threats[0].norm][0]]))[1]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.P("data")
     put = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, rows))

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import runpy
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +64,15 @@ def test_every_public_name_is_documented():
     for line in made["reference"]().splitlines():
         if line.startswith("* `") and " = " not in line:
             assert len(line.split(": ", 1)[1]) > 15, line
+
+
+def test_the_page_on_evaluation_runs_as_it_stands():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    names = {"__name__": "evaluation"}
+    with warnings.catch_warnings():
+        # Of an untrained network, whatever there is to doubt.
+        warnings.simplefilter("ignore", jrobust.loops.ReliabilityWarning)
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            exec(block, names)
+    assert names["report"].attacks == ("0.02", "0.05", "0.1")
+    assert 0 < names["event"].interval(0.05)[1] <= 1

@@ -1,5 +1,6 @@
 """Evaluations that flatter a model say so, and others do not."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from jrobust import data, loops, parallel
-from jrobust._algorithm import algorithm, static
-from jrobust.attacks import FGSM, PGD, restarts, sequence
+from jrobust._algorithm import algorithm, describe, static
+from jrobust.attacks import FGSM, PGD, AutoAttack, restarts, sequence
 from jrobust.drive import Host
 from jrobust.loops import ReliabilityWarning
 from jrobust.models import Bound, randomized
+from jrobust.report import Report
 from jrobust.threat import L2, Linf
 from jrobust.zeroth_order import CGE
 
@@ -187,3 +189,71 @@ def test_everything_broken_or_everything_wrong():
     report = loops.evaluate(KEY, model(), wrong, GOOD, batch_size=8, mesh=ONE, progress=False)
     assert report.clean_accuracy == 0
     assert report.doubts == ()
+
+
+# What is published of an evaluation
+
+
+def test_the_curve_is_what_the_inputs_found_prove():
+    report, _ = evaluate(
+        PGD(Linf(0.05), steps=40, step_size=0.002, random_start=False), checks=False
+    )
+    x, w = DATA.x.astype(np.float64) - 0.5, SLOPE.astype(np.float64)
+    logits = x @ w
+    gaps = logits[np.arange(24), DATA.y][:, None] - logits
+    slopes = np.abs(w[:, DATA.y].T[:, :, None] - w[None]).sum(1)
+    true = np.min(np.where(slopes > 0, gaps / np.where(slopes > 0, slopes, 1), np.inf), 1)
+    radii = np.array([0.0, 0.01, 0.02, 0.05])
+    exact = np.mean(true[None] > radii[:, None], 1)
+    curve = report.curve(radii)
+    assert curve[0] == 1
+    assert curve[-1] == report.robust_accuracy
+    assert np.all(np.diff(curve) <= 0)
+    assert np.all(curve >= exact)
+    np.testing.assert_allclose(curve, exact, atol=0.05)  # steps of 0.002
+
+
+def test_a_page_of_the_report():
+    page = Report("Evaluation")
+    page.evaluation("Sound", evaluate()[0])
+    page.evaluation("Unsound", evaluate(fn=probable)[0])
+    page.evaluation("Unseen", evaluate(fn=probable, checks=False)[0])
+    text = page.html()
+    for part in ("No sign was found", "were not looked for", "goes into the softmax", "distance"):
+        assert text.count(part) >= 1, part
+    assert text.index("No sign was found") < text.index("softmax") < text.index("not looked for")
+
+
+def test_a_call_as_in_the_released_code():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReliabilityWarning)
+        report = loops.run_standard_evaluation(
+            model(), DATA.x, DATA.y, norm="L2", eps=0.1, version=["apgd-ce"], bs=8, progress=False
+        )
+    assert report.attacks == ("apgd-ce",)
+    assert report.configuration["attacks"]["apgd-ce"]["threat"]["name"] == "L2"
+    assert 0 < report.robust_accuracy < 1
+    with pytest.raises(ValueError, match="L2, L1, got 'l2'"):
+        loops.run_standard_evaluation(model(), DATA.x, DATA.y, norm="l2", eps=0.1)
+
+
+def test_an_entry_is_of_the_standard_evaluation_alone():
+    threat = Linf(0.05)
+    report, _ = evaluate()
+    with pytest.raises(ValueError, match="autoattack_acc stands for"):
+        loops.robustbench_entry(report, threat)
+    # As if it had been run, which takes long.
+    attacks = describe(AutoAttack(threat).stages)
+    ran = dataclasses.replace(report, configuration={**report.configuration, "attacks": attacks})
+    entry = loops.robustbench_entry(ran, threat, name="Linear", additional_data=False)
+    assert entry["autoattack_acc"] == f"{100 * report.robust_accuracy:.2f}"
+    assert entry["clean_acc"] == "100.00"
+    assert (entry["name"], entry["eps"], entry["venue"]) == ("Linear", 0.05, None)
+    with pytest.raises(ValueError, match="got titel"):
+        loops.robustbench_entry(ran, threat, titel="x")
+    with pytest.raises(ValueError, match="autoattack_acc stands for"):
+        loops.robustbench_entry(ran, Linf(0.06))
+    doubtful = dataclasses.replace(ran, doubts=evaluate(fn=probable)[0].doubts)
+    with pytest.raises(ValueError, match=r"in doubt \(probabilities\)"):
+        loops.robustbench_entry(doubtful, threat)
+    assert loops.robustbench_entry(doubtful, threat, footnote="probabilities")["footnote"]

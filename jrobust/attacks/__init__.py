@@ -1,30 +1,63 @@
 """Attacks: ``attack(key, logits_fn, x, y, *, ids=None, targets=None) -> AttackResult``."""
 
+from jrobust.attacks._alma import ALMA
+from jrobust.attacks._apgd import APGD
+from jrobust.attacks._autoattack import AutoAttack
 from jrobust.attacks._base import Attack, AttackResult, GradientAttack, Record, State
 from jrobust.attacks._compose import (
+    EoT,
+    MultiTargeted,
     Restarts,
     Sequence,
     Union,
+    eot,
+    multi_targeted,
     restarts,
     sequence,
     union,
     with_eps,
 )
+from jrobust.attacks._cw import CW, CWLinf
+from jrobust.attacks._ddn import DDN
+from jrobust.attacks._deepfool import DeepFool
+from jrobust.attacks._ead import EAD
+from jrobust.attacks._fab import FAB
+from jrobust.attacks._fmn import FMN
+from jrobust.attacks._minimal import MinimalNorm
+from jrobust.attacks._pdgd import PDGD
 from jrobust.attacks._pgd import FGSM, MIFGSM, PGD, RSFGSM
+from jrobust.attacks._square import Square
 
 __all__ = [
+    "ALMA",
+    "APGD",
+    "CW",
+    "DDN",
+    "EAD",
+    "FAB",
     "FGSM",
+    "FMN",
     "MIFGSM",
+    "PDGD",
     "PGD",
     "RSFGSM",
     "Attack",
     "AttackResult",
+    "AutoAttack",
+    "CWLinf",
+    "DeepFool",
+    "EoT",
     "GradientAttack",
+    "MinimalNorm",
+    "MultiTargeted",
     "Record",
     "Restarts",
     "Sequence",
+    "Square",
     "State",
     "Union",
+    "eot",
+    "multi_targeted",
     "restarts",
     "sequence",
     "union",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -173,6 +174,11 @@ class Attack(abc.ABC):
         """Whether an example's first success ends its attack."""
 
     @property
+    def random(self) -> bool:
+        """Whether the outcome depends on the key, so that a restart may find what it missed."""
+        return True
+
+    @property
     def schedule(self) -> tuple[int, int] | None:
         """(rounds, steps) if every example takes the same steps, None if examples end early."""
         return None
@@ -199,6 +205,17 @@ class Attack(abc.ABC):
             y: (B,) integer true labels.
             targets: (B,) integer classes to reach, or None.
         """
+
+    def reopen(self, record: Record) -> Any:
+        """State of lanes that start over with the key and the aim of ``record``, on its account.
+
+        For attacks with a field ``threat`` whose state has a field ``record``. What a composition
+        runs again, towards another class or from another start, comes from here.
+        """
+        fresh = dataclasses.replace(self, threat=record.threat).init(  # type: ignore[type-var]
+            record.key, record.x0, record.y, record.target
+        )
+        return fresh._replace(record=record._replace(done=jnp.zeros_like(record.done)))
 
     @abc.abstractmethod
     def step(self, logits_fn: LogitsFn, state: Any, judge: LogitsFn | None = None) -> Any:
@@ -313,14 +330,15 @@ class GradientAttack(Attack):
 
     They are ``@algorithm`` dataclasses with the fields ``threat``, ``steps`` and ``loss``, and may
     have ``keep`` (``"success"``: the first success ends the example; ``"loss"``: the point of
-    highest loss; ``"last"``: the last point) and ``estimator`` (a gradient estimator of
-    ``jrobust.zeroth_order`` in place of autodiff).
+    highest loss; ``"last"``: the last point), ``random_start`` and ``estimator`` (a gradient
+    estimator of ``jrobust.zeroth_order`` in place of autodiff).
     """
 
     threat: Threat
     steps: int
     loss: losses.Loss
     keep: str = "success"
+    random_start: bool = True
     estimator: Any = None
 
     KEEPS: ClassVar[tuple[str, ...]] = ("success", "loss", "last")
@@ -334,14 +352,28 @@ class GradientAttack(Attack):
         """The next point and carry, from the gradient (B, ...) at ``state.x``."""
 
     @property
+    def moves(self) -> int:
+        """From the first point to the last: one evaluation more than this."""
+        return self.steps
+
+    def admits(self, state: State) -> Array | bool:
+        """Whether the point to evaluate may be returned: (B,), or one answer for all lanes."""
+        return True
+
+    @property
+    def random(self) -> bool:
+        """Whether the start or an estimator draws."""
+        return self.random_start or self.estimator is not None
+
+    @property
     def stops_at_success(self) -> bool:
         """True unless ``keep`` asks for the highest loss or the last point."""
         return self.keep == "success"
 
     @property
     def schedule(self) -> tuple[int, int] | None:
-        """One round of ``steps``, unless examples stop at their first success."""
-        return None if self.stops_at_success else (1, self.steps)
+        """One round of all moves, unless examples stop at their first success."""
+        return None if self.stops_at_success else (1, self.moves)
 
     def threats(self) -> tuple[Threat, ...]:
         """The one threat model; raises ``TypeError`` if it is none."""
@@ -377,7 +409,7 @@ class GradientAttack(Attack):
 
     def moving(self, state: State) -> Array:
         """Lanes that have moves left."""
-        return ~state.record.done & (state.t < self.steps)
+        return ~state.record.done & (state.t < self.moves)
 
     def _evaluate(
         self, logits_fn: LogitsFn, record: Record, x: Array, t: Array, *, gradient: bool, sure: bool
@@ -429,16 +461,17 @@ class GradientAttack(Attack):
             logits_fn, record, state.x, state.t, gradient=gradient, sure=sure
         )
         loss = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), loss, jnp.nan)
-        success = succeeds(logits, record.y, record.target)
+        admitted = self.admits(state)
+        success = admitted & succeeds(logits, record.y, record.target)
         if judge is not None:
             success, judged = _ask(judge, record, state.x, success)
             record = record._replace(forwards=record.forwards + judged)
         # A lane without moves left is charged the same whether or not the lanes beside it move.
-        ended = state.t >= self.steps
+        ended = state.t >= self.moves
         record = observe(
             record,
             state.x,
-            loss,
+            jnp.where(admitted, loss, -jnp.inf),
             success,
             keep=self.keep,
             forwards=jnp.where(ended, sum(_passes(logits_fn)), forwards),
@@ -464,7 +497,7 @@ class GradientAttack(Attack):
 
     def close(self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None = None) -> State:
         """Forward-only evaluation of the lanes that have no moves left."""
-        waiting = ~state.record.done & (state.t >= self.steps)
+        waiting = ~state.record.done & (state.t >= self.moves)
         closed = self._advance(logits_fn, state, judge, gradient=False)
         return where(waiting, closed, state)
 

@@ -1,4 +1,4 @@
-"""Attacks made of attacks: restarts, sequences, unions."""
+"""Attacks made of attacks: restarts, classes in turn, sequences, unions."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrobust import drive
 from jrobust import keys as _keys
 from jrobust._algorithm import algorithm, static
-from jrobust.attacks._base import Attack, AttackResult, GradientAttack, LogitsFn, where
+from jrobust.attacks._base import (
+    Attack,
+    AttackResult,
+    LogitsFn,
+    Record,
+    _passes,
+    forward,
+    where,
+)
+from jrobust.models import Randomized
 from jrobust.threat import Threat
 
 Array = jax.Array
 
 
-class _Again(NamedTuple):
-    inner: Any
-    key: Array  # (B,) keys before the restart is folded in
-    turn: Array  # (B,) int32 restart in progress
-
-
-@algorithm
-class Restarts(Attack):
-    """Runs an attack up to ``n`` times from fresh random starts; see :func:`restarts`."""
+class _Wrapper(Attack):
+    """What a composition of one attack takes over from it."""
 
     attack: Attack
-    n: int = static()
 
     @property
     def stops_at_success(self) -> bool:
@@ -36,10 +38,14 @@ class Restarts(Attack):
         return self.attack.stops_at_success
 
     @property
+    def random(self) -> bool:
+        """As the attack itself."""
+        return self.attack.random
+
+    @property
     def schedule(self) -> tuple[int, int] | None:
-        """``n`` times the rounds of the attack."""
-        once = self.attack.schedule
-        return None if once is None else (self.n * once[0], once[1])
+        """As the attack itself."""
+        return self.attack.schedule
 
     def threats(self) -> tuple[Threat, ...]:
         """Those of the attack."""
@@ -49,18 +55,54 @@ class Restarts(Attack):
         """See :meth:`Attack.check`."""
         self.attack.check(x, y, classes, targets)
 
+    def inner(self, state: Any) -> Any:
+        """The state of the attack within that of the composition."""
+        return state.inner
+
+    def done(self, state: Any) -> Array:
+        """See :meth:`Attack.done`."""
+        return self.attack.done(self.inner(state))
+
+    def moving(self, state: Any) -> Array:
+        """See :meth:`Attack.moving`."""
+        return self.attack.moving(self.inner(state))
+
+    def result(self, state: Any) -> AttackResult:
+        """See :meth:`Attack.result`; costs are summed over runs."""
+        return self.attack.result(self.inner(state))
+
+
+class _Again(NamedTuple):
+    inner: Any
+    key: Array  # (B,) keys before the restart is folded in
+    turn: Array  # (B,) int32 restart in progress
+
+    @property
+    def record(self) -> Record:
+        return self.inner.record
+
+
+@algorithm
+class Restarts(_Wrapper):
+    """Runs an attack up to ``n`` times from fresh random starts; see :func:`restarts`."""
+
+    attack: Attack
+    n: int = static()
+
+    @property
+    def schedule(self) -> tuple[int, int] | None:
+        """``n`` times the rounds of the attack."""
+        once = self.attack.schedule
+        return None if once is None else (self.n * once[0], once[1])
+
     def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> _Again:
         """See :meth:`Attack.init`."""
         inner = self.attack.init(keys, x, y, targets)
         return _Again(inner, keys, jnp.zeros_like(inner.record.y))
 
-    def done(self, state: _Again) -> Array:
-        """See :meth:`Attack.done`."""
-        return self.attack.done(state.inner)
-
-    def moving(self, state: _Again) -> Array:
-        """See :meth:`Attack.moving`."""
-        return self.attack.moving(state.inner)
+    def reopen(self, record: Record) -> _Again:
+        """See :meth:`Attack.reopen`."""
+        return _Again(self.attack.reopen(record), record.key, jnp.zeros_like(record.y))
 
     def step(self, logits_fn: LogitsFn, state: _Again, judge: LogitsFn | None = None) -> _Again:
         """See :meth:`Attack.step`; a lane that ended unbroken starts over."""
@@ -76,20 +118,12 @@ class Restarts(Attack):
         if self.stops_at_success:
             over &= ~record.success
         index = state.turn + over.astype(jnp.int32)
-        keys = _keys.restart(state.key, index)
         # Draws for all lanes what few of them need: free beside a forward pass.
-        fresh = dataclasses.replace(self.attack, threat=record.threat).init(  # type: ignore[type-var]
-            keys, record.x0, record.y, record.target
-        )
-        fresh = fresh._replace(record=record._replace(key=keys, done=jnp.zeros_like(record.done)))
+        fresh = self.attack.reopen(record._replace(key=_keys.restart(state.key, index)))
         return _Again(where(over, fresh, inner), state.key, index)
 
-    def result(self, state: _Again) -> AttackResult:
-        """See :meth:`Attack.result`; costs are summed over restarts."""
-        return self.attack.result(state.inner)
 
-
-def restarts(attack: GradientAttack, n: int) -> Restarts:
+def restarts(attack: Attack, n: int) -> Restarts:
     """Run ``attack`` up to ``n`` times with fresh randomness; the first success ends the example.
 
     Restart 0 is what the attack alone would do under the same key, so more restarts never find
@@ -105,14 +139,8 @@ def restarts(attack: GradientAttack, n: int) -> Restarts:
         ValueError: if ``n`` is not a positive int, the attack draws nothing at random, or it keeps
             its last point.
     """
-    if not isinstance(attack, GradientAttack):
-        raise TypeError(
-            f"restarts takes a single attack, got {type(attack).__name__}: "
-            "put restarts around the members of a composition"
-        )
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"restarts needs a positive int n, got {n!r}")
-    if n > 1 and not getattr(attack, "random_start", True) and attack.estimator is None:
+    _single("restarts", attack, n)
+    if n > 1 and not attack.random:
         raise ValueError(
             f"{type(attack).__name__} without a random start repeats itself: restarts of it find "
             "nothing new; set random_start=True"
@@ -123,6 +151,193 @@ def restarts(attack: GradientAttack, n: int) -> Restarts:
             "set keep='loss' or 'success'"
         )
     return Restarts(attack, n=n)
+
+
+def _single(name: str, attack: Attack, n: int) -> None:
+    if not isinstance(attack, Attack) or isinstance(attack, _Composition):
+        raise TypeError(
+            f"{name} takes a single attack, got {type(attack).__name__}: "
+            f"put {name} around the members of a composition"
+        )
+    _positive(name, "n", n)
+
+
+def _positive(name: str, field: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} needs a positive int {field}, got {value!r}")
+
+
+class _Aimed(NamedTuple):
+    inner: Any
+    key: Array  # (B,) keys before the class is folded in
+    ranked: Array  # (B, n) int32 classes to head for in turn; -1: none left, -2: not known yet
+    turn: Array  # (B,) int32 place of the class in progress
+
+    @property
+    def record(self) -> Record:
+        return self.inner.record
+
+
+# The streams of later classes fold their place in above this offset; see keys.py for the others.
+_CLASS = 3 << 30
+
+
+@algorithm
+class MultiTargeted(_Wrapper):
+    """Runs an attack towards several classes in turn; see :func:`multi_targeted`."""
+
+    attack: Attack
+    n: int = static()
+
+    def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
+        """See :meth:`Attack.check`; targeted losses have their target."""
+        towards = (jnp.asarray(y) + 1) % classes if targets is None else targets
+        self.attack.check(x, y, classes, towards)
+
+    def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> _Aimed:
+        """See :meth:`Attack.init`."""
+        return self._open(self.attack.init(keys, x, y, targets))
+
+    def reopen(self, record: Record) -> _Aimed:
+        """See :meth:`Attack.reopen`; the classes are ranked anew."""
+        return self._open(self.attack.reopen(record))
+
+    def _open(self, inner: Any) -> _Aimed:
+        target = inner.record.target
+        first = jnp.where(target >= 0, target, -2)[:, None]
+        ranked = jnp.where(jnp.arange(self.n)[None] == 0, first, -1)
+        return _Aimed(inner, inner.record.key, ranked, jnp.zeros_like(target))
+
+    def _rank(self, logits_fn: LogitsFn, state: _Aimed) -> _Aimed:
+        """Rank the classes at the inputs of lanes that have none yet, by one forward pass."""
+        unknown = ~self.done(state) & (state.ranked[:, 0] == -2)
+        model = _about(logits_fn, unknown)
+
+        def ranked() -> _Aimed:
+            record = state.record
+            logits = jnp.nan_to_num(forward(model, record.x0))
+            own = jnp.arange(logits.shape[-1])[None] == record.y[:, None]
+            count = min(self.n, logits.shape[-1] - 1)
+            order = jax.lax.top_k(jnp.where(own, -jnp.inf, logits), count)[1]
+            order = jnp.pad(order, ((0, 0), (0, self.n - count)), constant_values=-1)
+            cost = unknown * jnp.int32(_passes(logits_fn)[1] or 1)
+            record = record._replace(aim=order[:, 0], forwards=record.forwards + cost)
+            inner = where(unknown, self.attack.reopen(record), state.inner)
+            return state._replace(inner=inner, ranked=where(unknown, order, state.ranked))
+
+        if drive.is_host(logits_fn):
+            return ranked() if jnp.any(unknown) else state
+        return jax.lax.cond(jnp.any(unknown), ranked, lambda: state)
+
+    def step(self, logits_fn: LogitsFn, state: _Aimed, judge: LogitsFn | None = None) -> _Aimed:
+        """See :meth:`Attack.step`; a lane that ended unbroken heads for the next class."""
+        state = self._rank(logits_fn, state)
+        return self._turn(state, self.attack.step(logits_fn, state.inner, judge))
+
+    def close(self, logits_fn: LogitsFn, state: _Aimed, judge: LogitsFn | None = None) -> _Aimed:
+        """See :meth:`Attack.close`; a lane that ended unbroken heads for the next class."""
+        return self._turn(state, self.attack.close(logits_fn, state.inner, judge))
+
+    def _turn(self, state: _Aimed, inner: Any) -> _Aimed:
+        record, later = inner.record, jnp.minimum(state.turn + 1, self.n - 1)
+        aim = jnp.take_along_axis(state.ranked, later[:, None], axis=1)[:, 0]
+        over = record.done & ~self.done(state) & ~record.success
+        over &= (state.turn + 1 < self.n) & (aim >= 0)
+        turn = state.turn + over.astype(jnp.int32)
+        # Turn 0 keeps its key, so that one class draws what the attack alone would draw.
+        keys = _keys.fold(state.key, jnp.uint32(_CLASS) + turn.astype(jnp.uint32))
+        fresh = self.attack.reopen(record._replace(key=keys, aim=aim))
+        return state._replace(inner=where(over, fresh, inner), turn=turn)
+
+
+def _about(logits_fn: LogitsFn, rows: Array) -> LogitsFn:
+    """The model, asked about these rows alone if it is a black box that is being stepped."""
+    if isinstance(logits_fn, drive._Live):
+        return drive._Live(logits_fn._host, rows & logits_fn._live)
+    return drive._asking(logits_fn, rows)
+
+
+def multi_targeted(attack: Attack, n: int = 9) -> MultiTargeted:
+    """Run ``attack`` towards each of the ``n`` runner-up classes in turn (Gowal et al. 2019).
+
+    The classes are those of the highest logits of the input itself, the label apart, found by one
+    forward pass; all of them where the model has fewer than ``n`` others. Success is that of an
+    untargeted attack, any other class than the label, and ends the example. With ``targets=`` the
+    attack heads for the one class asked for, and success is that class. Classes advance inside a
+    lane. Around ``restarts(attack, r)`` it makes ``r`` starts towards each class.
+
+    Args:
+        attack: a single attack that stops at success, with any loss: targeted ones
+            (``losses.dlr_targeted``, AutoAttack's) head for the class, of others the loss with the
+            class as label descends.
+        n: how many classes to try at most.
+
+    Raises:
+        TypeError: if ``attack`` is itself a composition.
+        ValueError: if ``n`` is not a positive int, or the attack does not stop at success.
+    """
+    _single("multi_targeted", attack, n)
+    if not attack.stops_at_success:
+        raise ValueError(
+            f"{type(attack).__name__} in multi_targeted must stop at success, or the last class "
+            "would decide what is returned: set keep='success'"
+        )
+    return MultiTargeted(attack, n=n)
+
+
+@algorithm
+class EoT(_Wrapper):
+    """Runs an attack on the expected loss of a randomised model; see :func:`eot`."""
+
+    attack: Attack
+    samples: int = static(default=20)
+
+    def inner(self, state: Any) -> Any:
+        """The state itself."""
+        return state
+
+    def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> Any:
+        """See :meth:`Attack.init`."""
+        return self.attack.init(keys, x, y, targets)
+
+    def reopen(self, record: Record) -> Any:
+        """See :meth:`Attack.reopen`."""
+        return self.attack.reopen(record)
+
+    def _drawn(self, logits_fn: LogitsFn) -> Randomized:
+        if not isinstance(logits_fn, Randomized):
+            raise TypeError(
+                f"eot and AutoAttack's 'rand' need a model that draws, got {logits_fn!r}: make one "
+                "with jrobust.models.randomized(fn, key), or attack a deterministic model as it is"
+            )
+        return dataclasses.replace(logits_fn, samples=self.samples)
+
+    def step(self, logits_fn: LogitsFn, state: Any, judge: LogitsFn | None = None) -> Any:
+        """See :meth:`Attack.step`."""
+        return self.attack.step(self._drawn(logits_fn), state, judge)
+
+    def close(self, logits_fn: LogitsFn, state: Any, judge: LogitsFn | None = None) -> Any:
+        """See :meth:`Attack.close`."""
+        return self.attack.close(self._drawn(logits_fn), state, judge)
+
+
+def eot(attack: Attack, samples: int = 20) -> EoT:
+    """Expectation over transformation, with the attack's own number of draws.
+
+    For models of :func:`jrobust.models.randomized`, and refused for others. Every step ascends the
+    mean loss over ``samples`` fresh draws (Athalye et al. 2018) in place of the model's own number.
+    Loss and gradient come from the same draws; success is the vote of the model's fixed draws.
+
+    Args:
+        attack: a gradient attack or a composition of some.
+        samples: draws at each step; AutoAttack's "rand" takes 20.
+
+    Raises:
+        TypeError: unless given an attack. ValueError: if ``samples`` is not a positive int.
+    """
+    _members("eot", (attack,))
+    _positive("eot", "samples", samples)
+    return EoT(attack, samples=samples)
 
 
 def _best(results: list[AttackResult]) -> AttackResult:
@@ -152,6 +367,11 @@ class _Composition(Attack):
         """True when all members stop at success."""
         return all(attack.stops_at_success for attack in self.attacks)
 
+    @property
+    def random(self) -> bool:
+        """Whether some member's outcome depends on the key."""
+        return any(attack.random for attack in self.attacks)
+
     def threats(self) -> tuple[Threat, ...]:
         """Those of all members."""
         return tuple(threat for attack in self.attacks for threat in attack.threats())
@@ -173,6 +393,13 @@ class Sequence(_Composition):
     """Runs attacks in order on what still stands; see :func:`sequence`."""
 
     attacks: tuple[Attack, ...]
+    names: tuple[str, ...] = static(default=())
+
+    @property
+    def stages(self) -> dict[str, Attack]:
+        """The members by name, in order: what ``loops.evaluate`` takes, one stage for each."""
+        names = self.names or [f"{i + 1} {type(a).__name__}" for i, a in enumerate(self.attacks)]
+        return dict(zip(names, self.attacks))
 
     def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> _Stages:
         """See :meth:`Attack.init`."""

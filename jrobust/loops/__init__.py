@@ -11,6 +11,7 @@ from jrobust.loops._fit import (
     RobustAccuracy,
     fit,
 )
+from jrobust.loops._publish import robustbench_entry, run_standard_evaluation
 from jrobust.loops._reliability import Doubt, ReliabilityWarning
 
 __all__ = [
@@ -29,4 +30,6 @@ __all__ = [
     "certify",
     "evaluate",
     "fit",
+    "robustbench_entry",
+    "run_standard_evaluation",
 ]

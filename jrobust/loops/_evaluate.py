@@ -89,6 +89,22 @@ class EvaluationReport:
         """Fraction that no attack broke: an upper bound on the true robust accuracy."""
         return float(np.mean(self.examples["robust"]))
 
+    def curve(self, eps: Any) -> np.ndarray:
+        """Robust accuracy at radii ``eps`` (E,), as far as the adversarial inputs found tell: (E,).
+
+        An input found at distance d breaks its example at every radius from d on, so that the true
+        curve is nowhere higher. It is the curve itself as far as the attacks find the closest
+        inputs (``FAB``, ``DDN``, ``FMN``, ``CW``, ``DeepFool``), up to their own radius; for one
+        of a budget attack at several radii, evaluate ``{str(e): with_eps(attack, e) for e in eps}``
+        in ascending order and read ``standing``. All attacks must be in the same norm.
+        """
+        radii = np.asarray(eps, np.float64)
+        rows = self.examples
+        distance = np.where(rows["correct"], np.inf, -np.inf)
+        broken = rows["correct"] & ~rows["robust"]
+        distance[broken] = rows["distance"][broken]
+        return np.mean(distance[None] > radii[:, None], 1)
+
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows: accuracy before the first and after each attack."""
         total = len(self.examples["id"])
@@ -353,6 +369,7 @@ class _Evaluation:
             "attacks": {name: describe(attack) for name, attack in named.items()},
             "batch_size": lanes,
             "examples": total,
+            "checks": self._checks,
             **surroundings(self._key, self._mesh),
         }
         folder = Folder(

@@ -18,7 +18,7 @@ from jrobust import parallel
 Arrays = dict[str, np.ndarray]
 
 # In what a run may differ and still be the same run, which goes on.
-_FREE = {"devices", "epochs"}
+_FREE = {"checks", "devices", "epochs"}
 
 
 class Folder:

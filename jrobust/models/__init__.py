@@ -13,6 +13,7 @@ from jrobust.models._flax import bind, network
 from jrobust.models._network import Bound, Network
 from jrobust.models._randomized import Drawn, Randomized, randomized
 from jrobust.models._summary import Layer, Summary, summary
+from jrobust.models._surrogate import BPDA, StraightThrough, bpda, straight_through
 from jrobust.models._tensors import read_tensors
 from jrobust.models._weights import from_deepmind, from_safetensors, from_torch, to_safetensors
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jrobust.models._vit import ViT
 
 __all__ = [
+    "BPDA",
     "MLP",
     "Autoencoder",
     "Bound",
@@ -46,10 +48,12 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "SmallCNN",
+    "StraightThrough",
     "Summary",
     "ViT",
     "WideResNet",
     "bind",
+    "bpda",
     "from_deepmind",
     "from_host",
     "from_safetensors",
@@ -59,6 +63,7 @@ __all__ = [
     "randomized",
     "read_tensors",
     "robustbench",
+    "straight_through",
     "summary",
     "to_safetensors",
 ]
