@@ -26,8 +26,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jrobust import _run, drive
 from jrobust import keys as _keys
 from jrobust.attacks import Attack, AttackResult, GradientAttack, State
-from jrobust.attacks._compose import Restarts, Union
 from jrobust.attacks._compose import Sequence as _Sequence
+from jrobust.attacks._compose import Union, _Wrapper
 from jrobust.models import Randomized
 
 __all__ = [
@@ -140,18 +140,27 @@ class _Eager:
 
 
 def _recording(host: drive.Host, answers: dict[bytes, Any]) -> drive.Host:
-    """The black box, its answers kept by question."""
+    """The black box, its answers kept by row."""
 
     def ask(x: np.ndarray) -> Any:
-        answers[x.tobytes()] = logits = host.fn(x)
+        logits = host.fn(x)
+        answers.update((row.tobytes(), answer) for row, answer in zip(x, np.asarray(logits)))
         return logits
 
     return drive.Host(ask)
 
 
 def _recalling(host: drive.Host, answers: dict[bytes, Any]) -> drive.Host:
-    """The black box, not asked what it has answered."""
-    return drive.Host(lambda x: answers[k] if (k := x.tobytes()) in answers else host.fn(x))
+    """The black box, not asked what it has answered, nor about lanes beside that had ended."""
+
+    def ask(x: np.ndarray) -> Any:
+        known = [answers.get(row.tobytes()) for row in x]
+        some = next((answer for answer in known if answer is not None), None)
+        if some is None:
+            return host.fn(x)
+        return np.stack([np.zeros_like(some) if answer is None else answer for answer in known])
+
+    return drive.Host(ask)
 
 
 class _Stepper:
@@ -180,8 +189,9 @@ def _working(
     attack: Attack, before: Any, after: Any, active: Any = True, name: str = ""
 ) -> Iterator[tuple[str, GradientAttack, State, State, Any]]:
     """The single attacks that a step of ``attack`` advances: name, attack, states, lanes."""
-    if isinstance(attack, Restarts):
-        yield from _working(attack.attack, before.inner, after.inner, active, name)
+    if isinstance(attack, _Wrapper):
+        pair = attack.inner(before), attack.inner(after)
+        yield from _working(attack.attack, *pair, active, name)
     elif isinstance(attack, _Sequence):
         i = int(attack._stage(before))
         here = active & ~np.asarray(before.done) & (np.asarray(before.stage) == i)
@@ -195,7 +205,7 @@ def _working(
     else:
         raise TypeError(
             f"cannot look into {type(attack).__name__}, which is neither a GradientAttack nor made "
-            "of some by restarts, sequence or union"
+            "of some by restarts, multi_targeted, eot, sequence or union"
         )
 
 

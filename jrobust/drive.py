@@ -24,6 +24,7 @@ __all__ = [
     "Host",
     "Stepper",
     "advance",
+    "asking",
     "fixed",
     "is_host",
     "loop",
@@ -78,7 +79,7 @@ class _Live(Host):
     The logits of the others are zero.
     """
 
-    def __init__(self, host: Host, live: Array) -> None:
+    def __init__(self, host: Host, live: Any) -> None:
         self._host, self._live = host, np.asarray(live)
 
     def __call__(self, x: Array) -> Array:
@@ -92,8 +93,11 @@ class _Live(Host):
         return jnp.asarray(logits)
 
 
-def _asking(fn: Any, live: Array) -> Any:
-    return _Live(fn, live) if is_host(fn) else fn
+def asking(fn: Any, rows: Array) -> Any:
+    """The model, asked about these rows (B,) alone if it is a :class:`Host`."""
+    if isinstance(fn, _Live):
+        return _Live(fn._host, np.asarray(fn._live & rows))
+    return _Live(fn, rows) if is_host(fn) else fn
 
 
 class Stepper(Protocol):
@@ -188,7 +192,7 @@ def _stepped(
         ends = np.any(live & ~moving) if host else not np.any(moving)
         asked = live & ~moving if ends else live
         apply = attack.close if ends else attack.step
-        state = apply(_asking(logits_fn, asked), state, _asking(judge, asked))
+        state = apply(asking(logits_fn, asked), state, asking(judge, asked))
         yield state
 
 

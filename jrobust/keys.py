@@ -1,6 +1,6 @@
 """Per-example PRNG keys: the noise of an example depends on its id, never on its batch.
 
-Fold order, outermost first: example id, attack, restart, step.
+Fold order, outermost first: example id, attack, class or restart, step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ Array = jax.Array
 # counter reaches, so that a branch never meets a step of its parent.
 _ATTACK = 1 << 30
 _RESTART = 1 << 31
+_TARGET = 3 << 30
 
 
 def check(key: Array) -> None:
@@ -54,3 +55,9 @@ def restart(keys: Array, index: Array) -> Array:
     """Keys for restart ``index`` (B,); restart 0 draws what the attack would draw alone."""
     again = fold(keys, jnp.uint32(_RESTART) + index.astype(jnp.uint32))
     return jnp.where(index == 0, keys, again)
+
+
+def target(keys: Array, index: Array) -> Array:
+    """Keys for the class tried in turn ``index`` (B,); the first draws what one alone would."""
+    later = fold(keys, jnp.uint32(_TARGET) + index.astype(jnp.uint32))
+    return jnp.where(index == 0, keys, later)

@@ -520,7 +520,8 @@ def _ask(judge: LogitsFn, record: Record, x: Array, claimed: Array) -> tuple[Arr
     claimed &= ~record.done
 
     def verdict() -> Array:
-        return claimed & succeeds(forward(judge, x), record.y, record.target)
+        asked = drive.asking(judge, claimed)
+        return claimed & succeeds(forward(asked, x), record.y, record.target)
 
     if drive.is_host(judge):
         agreed = verdict() if np.any(claimed) else claimed

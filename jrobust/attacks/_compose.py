@@ -178,10 +178,6 @@ class _Aimed(NamedTuple):
         return self.inner.record
 
 
-# The streams of later classes fold their place in above this offset; see keys.py for the others.
-_CLASS = 3 << 30
-
-
 @algorithm
 class MultiTargeted(_Wrapper):
     """Runs an attack towards several classes in turn; see :func:`multi_targeted`."""
@@ -211,7 +207,7 @@ class MultiTargeted(_Wrapper):
     def _rank(self, logits_fn: LogitsFn, state: _Aimed) -> _Aimed:
         """Rank the classes at the inputs of lanes that have none yet, by one forward pass."""
         unknown = ~self.done(state) & (state.ranked[:, 0] == -2)
-        model = _about(logits_fn, unknown)
+        model = drive.asking(logits_fn, unknown)
 
         def ranked() -> _Aimed:
             record = state.record
@@ -244,17 +240,8 @@ class MultiTargeted(_Wrapper):
         over = record.done & ~self.done(state) & ~record.success
         over &= (state.turn + 1 < self.n) & (aim >= 0)
         turn = state.turn + over.astype(jnp.int32)
-        # Turn 0 keeps its key, so that one class draws what the attack alone would draw.
-        keys = _keys.fold(state.key, jnp.uint32(_CLASS) + turn.astype(jnp.uint32))
-        fresh = self.attack.reopen(record._replace(key=keys, aim=aim))
+        fresh = self.attack.reopen(record._replace(key=_keys.target(state.key, turn), aim=aim))
         return state._replace(inner=where(over, fresh, inner), turn=turn)
-
-
-def _about(logits_fn: LogitsFn, rows: Array) -> LogitsFn:
-    """The model, asked about these rows alone if it is a black box that is being stepped."""
-    if isinstance(logits_fn, drive._Live):
-        return drive._Live(logits_fn._host, rows & logits_fn._live)
-    return drive._asking(logits_fn, rows)
 
 
 def multi_targeted(attack: Attack, n: int = 9) -> MultiTargeted:

@@ -152,7 +152,7 @@ class TRADES:
                 "TRADES replaces the loss of its attack, so it takes a single gradient attack such "
                 f"as PGD, got {type(self.attack).__name__}"
             )
-        if not getattr(self.attack, "random_start", True):
+        if not self.attack.random_start:
             raise ValueError(
                 "the KL of TRADES has no gradient at the clean input, so an attack that starts "
                 "there stays there: set random_start=True"

@@ -27,7 +27,7 @@ import _common
 pytestmark = pytest.mark.peers
 
 EXAMPLES, STEPS, QUERIES, SEEDS = 400, 100, 1000, 3
-RADII = {"plain": {Linf: 0.08, L2: 0.5, L1: 1.6}, "robust": {Linf: 0.2, L2: 1.0, L1: 3.0}}
+RADII = {"plain": {Linf: 0.08, L2: 0.5, L1: 1.6}, "robust": {Linf: 0.2, L2: 0.7, L1: 1.5}}
 RADII["smooth"] = RADII["plain"]
 
 
