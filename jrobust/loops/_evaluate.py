@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrobust import _run, drive, parallel
+from jrobust import keys as _keys
 from jrobust._algorithm import describe
 from jrobust.attacks import Attack, AttackResult, GradientAttack, with_eps
 from jrobust.attacks._base import forward
@@ -33,7 +34,12 @@ from jrobust.loops._lanes import (
 )
 from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.loops._reliability import Doubt, ReliabilityWarning
-from jrobust.statistics import confidence_sequence
+from jrobust.models import Randomized
+from jrobust.statistics import (
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    confidence_sequence,
+)
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -60,6 +66,8 @@ class EvaluationReport:
         only_search: with ``search_fn``, points at which attacks ended that fool it alone. They
             count as robust.
         only_model: with ``search_fn``, such points that fool the model alone, and are counted.
+        redraws: of a randomised model, (correct, in all): its answers under fresh draws, ``votes``
+            of them for each example, at the last points that attacks returned; else None.
         doubts: reasons to think that the attacks flatter the model; empty if nobody looked.
         configuration: the effective configuration of everything that ran.
         seconds: wall time that this process spent in ``compile``, ``run`` and ``other``.
@@ -74,6 +82,7 @@ class EvaluationReport:
     near_ties: int
     only_search: int
     only_model: int
+    redraws: tuple[int, int] | None
     doubts: tuple[Doubt, ...]
     configuration: dict[str, Any]
     seconds: dict[str, float]
@@ -88,6 +97,27 @@ class EvaluationReport:
     def robust_accuracy(self) -> float:
         """Fraction that no attack broke: an upper bound on the true robust accuracy."""
         return float(np.mean(self.examples["robust"]))
+
+    def redrawn_accuracy(self, alpha: float = 0.05) -> tuple[float, float, float]:
+        """Expected accuracy of a randomised model under attack: (estimate, lower, upper).
+
+        Over draws that neither attacks nor votes have seen, at the points that attacks returned for
+        these examples. The bounds hold with probability ``1 - alpha`` over the draws: Clopper and
+        Pearson's, which also bound the mean of unequal probabilities (Hoeffding 1956).
+
+        Raises:
+            ValueError: if the model draws nothing.
+        """
+        if self.redraws is None:
+            raise ValueError(
+                "the model draws no random numbers: its accuracy is robust_accuracy; models that "
+                "do are made by jrobust.models.randomized(fn, key)"
+            )
+        lower, upper = (
+            float(bound(*self.redraws, alpha / 2))
+            for bound in (clopper_pearson_lower, clopper_pearson_upper)
+        )
+        return self.redraws[0] / self.redraws[1], lower, upper
 
     def curve(self, eps: Any) -> np.ndarray:
         """Robust accuracy at radii ``eps`` (E,), as far as the adversarial inputs found tell: (E,).
@@ -149,6 +179,20 @@ def _predict(logits_fn: Any, x: jax.Array) -> jax.Array:
     """Classes (B,), -1 where a logit is not finite, so that no label equals it."""
     logits = forward(logits_fn, x)
     return jnp.where(jnp.all(jnp.isfinite(logits), -1), jnp.argmax(logits, -1), -1)
+
+
+# Folded into the key above all example ids.
+_FRESH = (1 << 32) - 1
+
+
+def _redraw(key: jax.Array, model: Randomized, x: Any, y: Any, ids: Any) -> jax.Array:
+    """(B,) int32: in how many of ``votes`` fresh draws each input is classified correctly."""
+    keys = _keys.examples(key, ids)
+
+    def correct(draw: jax.Array) -> jax.Array:
+        return (_predict(model.at(_keys.fold(keys, draw)), x) == y).astype(jnp.int32)
+
+    return jnp.sum(jax.lax.map(correct, jnp.arange(model.votes)), 0)
 
 
 # Seconds between two copies of the lanes on disk.
@@ -214,6 +258,9 @@ class _Evaluation:
             searched = logits_fn if search_fn is None else search_fn
             _run.check(attack, key, searched, data.x, data.y, data.id)
         self._model = logits_fn if self._host else _run.as_pytree(logits_fn)
+        # Of draws that no attack sees.
+        draws = isinstance(logits_fn, Randomized)
+        self._draws = jax.random.fold_in(key, _FRESH) if draws else None
         # What the attacks look at, and who confirms what they find.
         self._searched, self._judge = self._model, None
         if search_fn is not None:
@@ -246,6 +293,9 @@ class _Evaluation:
     def _jobs(self, lanes: int) -> dict[str, Job]:
         example = self._lane(np.resize(np.arange(len(self._data)), lanes))
         jobs = {"clean": Job(_predict, (self._model, example[0]), (None, 0))}
+        if self._draws is not None:
+            args = (self._draws, self._model, *example)
+            jobs["draws"] = Job(_redraw, args, (None, None, 0, 0, 0))
         if self._judge is not None:
             jobs["search_fn"] = Job(_predict, (self._searched, example[0]), (None, 0))
         if self._checks and self._checked is not None:
@@ -280,6 +330,15 @@ class _Evaluation:
             prediction = self._call(name, model, jnp.asarray(points[piece]))
             found.append(parallel.fetch(prediction)[mask])
         return np.concatenate(found)
+
+    def _redraw(self, points: np.ndarray) -> Arrays:
+        """Correct answers (N,) under fresh draws at ``points``, one for each example."""
+        data, found = self._data, []
+        for piece, mask in rows(np.arange(len(data)), self._programs.size):
+            _, y, ids = self._lane(piece)
+            args = (self._draws, self._model, jnp.asarray(points[piece]), y, ids)
+            found.append(parallel.fetch(self._call("draws", *args))[mask])
+        return {"correct": np.concatenate(found)}
 
     def _search(
         self, stage: int, index: np.ndarray, folder: Folder
@@ -375,7 +434,11 @@ class _Evaluation:
         folder = Folder(
             self._directory, configuration, self._identity, resume=self._resume, columns=_COLUMNS
         )
+        doubts: list[Doubt] = []
+        if self._checks and not self._host:
+            doubts = _reliability.of_program(self._model, data.x[:4])
         x = np.array(data.x)
+        tried = x if self._draws is None else x.copy()
         zero = np.zeros(total, np.int32)
         table: dict[str, np.ndarray] = {
             "id": data.id, "y": data.y, "prediction": zero.copy(), "correct": zero > 0,
@@ -437,6 +500,8 @@ class _Evaluation:
                 "x": points[~robust],
                 "near_ties": np.sum(claimed & robust),
             }
+            if self._draws is not None:
+                batch["tried"] = points
             if self._judge is not None:
                 fooled = self._classify(points, "search_fn") != data.y[piece]
                 batch["only_search"] = np.sum(fooled & robust)
@@ -464,6 +529,8 @@ class _Evaluation:
                 enter(piece, batch)
                 broken = piece[~table["robust"][piece]]
                 x[broken] = batch["x"]
+                if "tried" in batch:
+                    tried[piece] = batch["tried"]
                 for count in counts.keys() & batch.keys():
                     counts[count] += int(batch[count])
                 record(broken)
@@ -474,12 +541,15 @@ class _Evaluation:
             standing.append(int(table["robust"].sum()))
             folder.metrics(stage=name, accuracy=standing[-1] / total)
         record(np.flatnonzero(table["robust"]))
-        doubts: list[Doubt] = []
+        redraws = None
+        if self._draws is not None:
+            held = folder.once("draws", functools.partial(self._redraw, tried))["correct"]
+            redraws = int(held.sum()), total * self._model.votes
         if self._checks:
-            doubts = _reliability.of_settings(named)
-            doubts += self._doubts(
-                np.flatnonzero(table["correct"]), np.flatnonzero(table["robust"]), folder
-            )
+            doubts += _reliability.of_settings(named)
+            correct, robust = (np.flatnonzero(table[name]) for name in ("correct", "robust"))
+            said = {doubt.kind for doubt in doubts}
+            doubts += [d for d in self._doubts(correct, robust, folder) if d.kind not in said]
             doubts += _reliability.of_course(
                 named, standing, total, counts["near_ties"], counts["only_search"]
             )
@@ -491,6 +561,7 @@ class _Evaluation:
             standing=np.array(standing),
             non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
             **counts,
+            redraws=redraws,
             doubts=tuple(doubts),
             configuration=folder.configuration,
             seconds=self._clock.total(),
@@ -504,6 +575,7 @@ class _Evaluation:
                 "standing": dict(zip(["clean", *report.attacks], standing)),
                 "non_finite": report.non_finite,
                 **counts,
+                "redraws": redraws,
                 "doubts": [doubt._asdict() for doubt in doubts],
                 "seconds": report.seconds,
                 "resumed": report.resumed,
@@ -552,11 +624,12 @@ def evaluate(
         search_fn: the model that attacks search instead, such as the same network in bfloat16. An
             example's search ends only where ``logits_fn`` agrees that it is broken, and the verdict
             is that of ``logits_fn`` alone.
-        checks: look for signs that the attacks flatter the model: probabilities in place of logits,
-            gradients that are zero or do not foresee the loss, an attack that was still rising or
-            fails even without a bound, one without gradients that beats those with gradients,
-            few steps. What is found is in ``doubts``, and warned about
-            (:class:`ReliabilityWarning`). Costs up to two runs of the first attack on one batch.
+        checks: look for signs that the attacks flatter the model: what :func:`jrobust.inspect`
+            warns of in its program, probabilities in place of logits, gradients that are zero or do
+            not foresee the loss, an attack that was still rising or fails even without a bound, one
+            without gradients that beats those with gradients, few steps. What is found is in
+            ``doubts``, and warned about (:class:`ReliabilityWarning`). Costs up to two runs of the
+            first attack on one batch.
         batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
             whatever the order of examples and the number of devices. When None, 128 on each device
             of a CPU and 512 on an accelerator, or fewer, as many as ``memory`` holds.

@@ -11,6 +11,7 @@ import numpy as np
 
 from jrobust import keys as _keys
 from jrobust import losses
+from jrobust._inspect import inspect
 from jrobust.attacks import Attack
 from jrobust.attacks._base import forward
 from jrobust.loops._folder import Arrays
@@ -115,6 +116,18 @@ def of_settings(attacks: Mapping[str, Attack]) -> list[Doubt]:
             )
         )
     return found
+
+
+def of_program(model: Any, x: np.ndarray) -> list[Doubt]:
+    """What :func:`jrobust.inspect` warns of in a model's program; ``x`` (B, ...) are inputs."""
+    doubts = []
+    for finding in inspect(model, np.resize(x, (4, *x.shape[1:]))).findings:
+        if finding.severity != "info":
+            place = f" [{finding.where}]" if finding.where is not None else ""
+            doubts.append(
+                Doubt(finding.kind, f"{finding.what}{place}: {finding.effect}", finding.remedy)
+            )
+    return doubts
 
 
 def of_signs(found: Arrays) -> list[Doubt]:
