@@ -44,12 +44,13 @@ class Entry:
         make: the attack for a threat model, few steps.
         also: further public names that the entry covers (the class behind a function).
         threats: the threat models it is defined for. Programs of more than one attack (``also``)
-            are compiled for the last two in the full tier only.
+            are compiled for all but the first in the full tier only.
         random: whether its result depends on the key.
         targeted: whether it takes ``targets=``.
         gain: by how much it lowers accuracy at least on the suite's model, at the suite's radius.
         own: whether its program is its own, not one or several of other entries'. The slow checks
             of the others (every way to run it, targets) wait for the full tier.
+        large: whether its program is so large that all of its checks that compile wait for it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Entry:
     targeted: bool = True
     gain: float = 0.5
     own: bool = True
+    large: bool = False
 
 
 ATTACKS = [
@@ -71,12 +73,13 @@ ATTACKS = [
     Entry("FAB", lambda t: FAB(t, steps=4, refine=1), threats=(Linf, L2, L1), random=False),
     Entry("Square", lambda t: Square(t, queries=40), threats=(Linf, L2, L1)),
     Entry("DDN", lambda t: DDN(t, steps=20, init_norm=0.3), threats=(L2,), random=False),
-    Entry("FMN", lambda t: FMN(t, steps=20), random=False),
+    Entry("FMN", lambda t: FMN(t, steps=20), random=False, own=False),
     Entry(
         "CW",
         lambda t: CW(t, steps=40, rounds=3, step_size=0.05, constant=0.1),
         threats=(L2,),
         random=False,
+        own=False,
     ),
     Entry(
         "CWLinf",
@@ -107,6 +110,7 @@ ATTACKS = [
         lambda t: AutoAttack(t, steps=3, queries=5),
         threats=(Linf, L2, L1),
         own=False,
+        large=True,
     ),
     Entry("sequence", lambda t: sequence(PGD(t, steps=2), FGSM(t)), ("Sequence",)),
     Entry(

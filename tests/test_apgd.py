@@ -337,6 +337,7 @@ def stepper(attack):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [L2, L1])
 def test_lanes_can_be_stored_permuted_and_refilled(kind, key):
     attack = restarts(APGD(kind(np.float32(0.2 * RADII[kind])), steps=6), 2)
@@ -405,6 +406,7 @@ def test_a_batch_that_is_wrong_from_the_start_costs_one_forward_pass(key):
     np.testing.assert_array_equal(result.forwards, np.ones(BATCH))
 
 
+@pytest.mark.full
 def test_estimated_gradients_lead_to_the_same_points_and_black_boxes_fall(key):
     x, y = sample()
     options = {"steps": 5, "keep": "loss", "loss": losses.margin}

@@ -114,6 +114,7 @@ def test_success_is_any_other_class(key):
     assert set(np.asarray(model(result.x)).argmax(1)) == {2}
 
 
+@pytest.mark.full
 def test_lanes_can_be_stored_permuted_and_refilled(key):
     attack = multi_targeted(restarts(AIMED, 2), 2)
     step, finish = jax.jit(lambda s: attack.step(net, s)), program(attack)
@@ -141,6 +142,7 @@ def test_lanes_can_be_stored_permuted_and_refilled(key):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("outer", ["classes", "restarts"])
 def test_starts_and_classes_multiply(outer, key):
     inner = APGD(Linf(0.05), steps=2)
@@ -278,6 +280,7 @@ def test_what_a_point_costs_that_survives_everything(key):
     np.testing.assert_array_equal(result.forwards, np.full(4, apgd + fab + square))
 
 
+@pytest.mark.full
 def test_stages_are_the_members_of_the_sequence(key):
     """In a loop, one after the other on what stands, and in one program: the same examples fall."""
     attack = AutoAttack(Linf(np.float32(0.08)), ["apgd-ce", "apgd-t"], steps=1)

@@ -190,7 +190,9 @@ class Linear:
         return x.reshape(x.shape[0], -1) @ self.weights
 
 
-@pytest.mark.parametrize("box", [(0.0, 1.0), (-3.0, 5.0)], ids=["unit", "wide"])
+@pytest.mark.parametrize(
+    "box", [(0.0, 1.0), pytest.param((-3.0, 5.0), marks=pytest.mark.full)], ids=["unit", "wide"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_classes_fall_at_the_minimal_distance(kind, box, key):
     """Half of the features are at the box, so that the box binds."""
@@ -398,6 +400,7 @@ def test_eps_is_the_largest_distance_that_counts(key):
     assert np.mean(first.forwards) < 0.7 * np.mean(whole.forwards)
 
 
+@pytest.mark.full
 def test_restarts_are_random_lanes_that_know_nothing_of_each_other(key):
     plain, eps = FAB(L2(WHOLE[L2]), steps=6, refine=0), WHOLE[L2]
     start = FAB(L2(eps), steps=6, refine=0, random_start=True)
@@ -450,6 +453,7 @@ def test_models_that_give_no_direction(key):
     assert np.all(result.distance[8:] > 0)
 
 
+@pytest.mark.full
 def test_a_randomised_model_is_searched_over_draws(key):
     def noisy(keys, x):
         return net(x + 0.01 * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys))

@@ -179,7 +179,12 @@ TABLE = [
     Entry("PDGD", lambda t: PDGD(t, steps=300), (L2,), 1.12, logits=0.05),
 ]
 PAIRS = [pytest.param(e, k, id=f"{e.name}-{k.norm}") for e in TABLE for k in e.kinds]
-FIRST = [pytest.param(e, e.kinds[0], id=e.name) for e in TABLE]
+# What the base promises is tried with all of them in the full tier.
+BASE = ("DDN", "FMN", "DeepFool")
+FIRST = [
+    pytest.param(e, e.kinds[0], id=e.name, marks=() if e.name in BASE else pytest.mark.full)
+    for e in TABLE
+]
 BY_NAME = {e.name: e for e in TABLE}
 
 
@@ -199,7 +204,7 @@ def assert_same(a, b, rows=slice(None)):
         np.testing.assert_array_equal(left[rows], right[rows], err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["three", "two"])
+@pytest.mark.parametrize("name", ["three", pytest.param("two", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("entry", "kind"), PAIRS)
 def test_closed_form(entry, kind, name):
     """At the nearest boundary, wherever in the box the input lies: also in its corners."""
@@ -452,6 +457,7 @@ def test_the_judge_has_the_last_word():
     assert np.all(result.forwards[held] > 101), "the judge's passes count"
 
 
+@pytest.mark.full
 def test_black_boxes_by_estimated_gradients():
     c = case("two")
     asked = []
@@ -475,7 +481,9 @@ def test_black_boxes_by_estimated_gradients():
     np.testing.assert_array_equal(result.success, wrong)
 
 
-@pytest.mark.parametrize("make", [FMN, DeepFool], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [pytest.param(FMN, marks=pytest.mark.full), DeepFool], ids=lambda m: m.__name__
+)
 def test_randomised_models(make):
     c = case("two")
 

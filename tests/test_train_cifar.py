@@ -36,6 +36,7 @@ def example(*arguments):
     ).stdout
 
 
+@pytest.mark.full
 def test_from_archives_to_certificates_and_again(tmp_path):
     archives.mnist(tmp_path)
     prepare.build("mnist", tmp_path, tmp_path / "data", verify=False, log=lambda line: None)
