@@ -354,7 +354,7 @@ def test_warm_up_compiles_and_runs_nothing(tmp_path):
     seconds = loops.evaluate.warm_up(
         *args, {"a": attacks.FGSM(Linf(0.1))}, directory=tmp_path / "e", mesh=ONE
     )
-    assert set(seconds) == {"clean", "a"}
+    assert set(seconds) == {"clean", "a", "checks"}
     assert min(seconds.values()) > 0
     seconds = loops.certify.warm_up(*args, smoothing.Gaussian(0.1), n=200, mesh=ONE)
     assert set(seconds) == {"select", "estimate"}
