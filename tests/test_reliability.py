@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrobust import data, loops, parallel
+from jrobust import data, loops, parallel, statistics
 from jrobust._algorithm import algorithm, describe, static
 from jrobust.attacks import FGSM, PGD, AutoAttack, restarts, sequence
 from jrobust.drive import Host
@@ -292,3 +292,29 @@ def test_an_entry_is_of_the_standard_evaluation_alone():
     with pytest.raises(ValueError, match=r"in doubt \(probabilities\)"):
         loops.robustbench_entry(doubtful, threat)
     assert loops.robustbench_entry(doubtful, threat, footnote="probabilities")["footnote"]
+
+
+def test_bounds_over_draws_hold_where_examples_differ():
+    base = evaluate(checks=False)[0]
+    n, alpha = 30, 0.098
+    bounds = [
+        dataclasses.replace(base, redraws=(k, n)).redrawn_accuracy(alpha) for k in range(n + 1)
+    ]
+    low, high = (np.array([bound[i] for bound in bounds]) for i in (1, 2))
+    narrow = statistics.clopper_pearson_lower(np.arange(n + 1), n, alpha / 2)
+    worst = []
+    for chances in (
+        [0.05] + [0.0] * 29,
+        [0.95] + [1.0] * 29,
+        [0.5] * 30,
+        [1.0, 0.5] * 15,
+        [0.1] * 30,
+    ):
+        mass = np.ones(1)
+        for p in chances:
+            mass = np.convolve(mass, [1 - p, p])
+        assert mass[low > np.mean(chances)].sum() <= alpha / 2
+        assert mass[high < np.mean(chances)].sum() <= alpha / 2
+        worst.append(mass[narrow > np.mean(chances)].sum())
+    # The binomial bound alone, for which all chances are equal, does not hold.
+    assert max(worst) > alpha / 2

@@ -102,8 +102,9 @@ class EvaluationReport:
         """Expected accuracy of a randomised model under attack: (estimate, lower, upper).
 
         Over draws that neither attacks nor votes have seen, at the points that attacks returned for
-        these examples. The bounds hold with probability ``1 - alpha`` over the draws: Clopper and
-        Pearson's, which also bound the mean of unequal probabilities (Hoeffding 1956).
+        these examples. The bounds hold with probability ``1 - alpha`` over the draws, though the
+        probabilities of the examples differ: they are Clopper and Pearson's, kept a whole answer
+        away from the estimate, where equal probabilities are the worst case (Hoeffding 1956).
 
         Raises:
             ValueError: if the model draws nothing.
@@ -113,11 +114,10 @@ class EvaluationReport:
                 "the model draws no random numbers: its accuracy is robust_accuracy; models that "
                 "do are made by jrobust.models.randomized(fn, key)"
             )
-        lower, upper = (
-            float(bound(*self.redraws, alpha / 2))
-            for bound in (clopper_pearson_lower, clopper_pearson_upper)
-        )
-        return self.redraws[0] / self.redraws[1], lower, upper
+        k, n = self.redraws
+        lower = min(float(clopper_pearson_lower(k, n, alpha / 2)), max(k - 1, 0) / n)
+        upper = max(float(clopper_pearson_upper(k, n, alpha / 2)), min(k + 1, n) / n)
+        return k / n, lower, upper
 
     def curve(self, eps: Any) -> np.ndarray:
         """Robust accuracy at radii ``eps`` (E,), as far as the adversarial inputs found tell: (E,).

@@ -31,7 +31,7 @@ def run_standard_evaluation(
     """AutoAttack on a batch, called as in its released code (Croce & Hein 2020).
 
     ``loops.evaluate(key, logits_fn, Dataset(x, y), AutoAttack(threat, version).stages)``; the
-    adversarial inputs are ``report.x``. Nothing depends on ``bs``.
+    adversarial inputs are ``report.x``. Another ``bs`` changes nothing but rounding.
 
     Args:
         logits_fn: (B, ...) -> (B, C).
