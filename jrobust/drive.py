@@ -25,6 +25,7 @@ __all__ = [
     "Stepper",
     "advance",
     "asking",
+    "changed",
     "fixed",
     "is_host",
     "loop",
@@ -76,17 +77,21 @@ def is_host(fn: Any) -> bool:
 class _Live(Host):
     """A black box that is asked about some rows only, because the others cost and change nothing.
 
-    The logits of the others are zero.
+    The logits of the others are zero. All rows pass through ``change`` before.
     """
 
-    def __init__(self, host: Host, live: Any) -> None:
-        self._host, self._live = host, np.asarray(live)
+    def __init__(
+        self, host: Host, live: Any, change: Callable[[Array], Array] | None = None
+    ) -> None:
+        self._host, self._live, self._change = host, np.asarray(live), change
 
     def __call__(self, x: Array) -> Array:
         if isinstance(x, jax.core.Tracer):
             raise TypeError(_HOST_TRACED)
         if not np.any(self._live):
             raise ValueError("no lane is left to ask the Host model about")
+        if self._change is not None:
+            x = self._change(x)
         asked = np.asarray(self._host(jnp.asarray(np.asarray(x)[self._live])))
         logits = np.zeros((len(x), asked.shape[1]), np.float32)
         logits[self._live] = asked
@@ -96,8 +101,13 @@ class _Live(Host):
 def asking(fn: Any, rows: Array) -> Any:
     """The model, asked about these rows (B,) alone if it is a :class:`Host`."""
     if isinstance(fn, _Live):
-        return _Live(fn._host, np.asarray(fn._live & rows))
+        return _Live(fn._host, np.asarray(fn._live & rows), fn._change)
     return _Live(fn, rows) if is_host(fn) else fn
+
+
+def changed(fn: _Live, change: Callable[[Array], Array]) -> _Live:
+    """What :func:`asking` gave, shown ``change(x)``, of the same rows, in place of ``x``."""
+    return _Live(fn._host, fn._live, change)
 
 
 class Stepper(Protocol):

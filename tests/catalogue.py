@@ -132,8 +132,9 @@ PROTOCOL = {
     "State",
     "with_eps",
 }
-# And what needs a model that draws: tests/test_autoattack.py.
-PROTOCOL |= {"EoT", "eot"}
+# And what needs a model that draws (tests/test_autoattack.py), or inputs on a grid
+# (tests/test_quantized.py).
+PROTOCOL |= {"EoT", "eot", "Quantized", "quantized"}
 
 
 @dataclasses.dataclass(frozen=True)

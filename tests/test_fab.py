@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 import jrobust
 from jrobust import drive, keys
-from jrobust.attacks import restarts
+from jrobust.attacks import multi_targeted, restarts
 from jrobust.attacks._fab import FAB, nearest_boundary
 from jrobust.models import randomized
 from jrobust.threat import L0, L1, L2, Linf
@@ -380,6 +380,27 @@ def test_an_aim_is_headed_for_and_any_class_counts(key):
     assert len(longer) > 8
     assert np.all(longer > 0.95)
     assert np.mean(longer > 1.05) > 0.2
+
+
+def test_towards_all_classes_the_closest_point_of_all_stays(key):
+    """FAB-T for a curve over radii: nine runs, or here two, and none ends the example."""
+    attack = FAB(L2(WHOLE[L2]), steps=6)
+    found = jrobust.run(multi_targeted(attack, 2), key, net, IMAGES, LABELS)
+
+    @jax.jit
+    def run(aims):
+        state = attack.init(keys.examples(key, jnp.arange(16)), IMAGES, jnp.asarray(LABELS))
+        state = state._replace(record=state.record._replace(aim=aims))
+        return attack.result(drive.run(attack, net, state))
+
+    order = np.argsort(np.where(np.arange(3) == LABELS[:, None], np.inf, -net(IMAGES)), 1)
+    runs = [run(jnp.asarray(order[:, turn], jnp.int32)) for turn in (0, 1)]
+    each = np.array([np.where(r.success, r.distance, np.inf) for r in runs])
+    np.testing.assert_allclose(found.distance, each.min(0), rtol=1e-5)
+    assert 0 < np.mean(each[1] < 0.99 * each[0]) < 1, "a later class must be nearer somewhere"
+    np.testing.assert_array_equal(found.forwards, 1 + sum(np.asarray(r.forwards) for r in runs))
+    np.testing.assert_array_equal(found.backwards, sum(np.asarray(r.backwards) for r in runs))
+    assert np.all(np.asarray(net(found.x)).argmax(1) != LABELS)
 
 
 def test_eps_is_the_largest_distance_that_counts(key):

@@ -26,6 +26,7 @@ from jrobust.attacks._fmn import FMN
 from jrobust.attacks._minimal import MinimalNorm
 from jrobust.attacks._pdgd import PDGD
 from jrobust.attacks._pgd import FGSM, MIFGSM, PGD, RSFGSM
+from jrobust.attacks._quantized import Quantized, quantized
 from jrobust.attacks._square import Square
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "GradientAttack",
     "MinimalNorm",
     "MultiTargeted",
+    "Quantized",
     "Record",
     "Restarts",
     "Sequence",
@@ -58,6 +60,7 @@ __all__ = [
     "Union",
     "eot",
     "multi_targeted",
+    "quantized",
     "restarts",
     "sequence",
     "union",

@@ -237,8 +237,9 @@ class MultiTargeted(_Wrapper):
     def _turn(self, state: _Aimed, inner: Any) -> _Aimed:
         record, later = inner.record, jnp.minimum(state.turn + 1, self.n - 1)
         aim = jnp.take_along_axis(state.ranked, later[:, None], axis=1)[:, 0]
-        over = record.done & ~self.done(state) & ~record.success
-        over &= (state.turn + 1 < self.n) & (aim >= 0)
+        over = record.done & ~self.done(state) & (state.turn + 1 < self.n) & (aim >= 0)
+        if self.stops_at_success:
+            over &= ~record.success
         turn = state.turn + over.astype(jnp.int32)
         fresh = self.attack.reopen(record._replace(key=_keys.target(state.key, turn), aim=aim))
         return state._replace(inner=where(over, fresh, inner), turn=turn)
@@ -249,25 +250,27 @@ def multi_targeted(attack: Attack, n: int = 9) -> MultiTargeted:
 
     The classes are those of the highest logits of the input itself, the label apart, found by one
     forward pass; all of them where the model has fewer than ``n`` others. Success is that of an
-    untargeted attack, any other class than the label, and ends the example. With ``targets=`` the
+    untargeted attack, any other class than the label, and ends the example; of an attack with
+    ``keep="closest"`` all classes run and the closest point of all stays. With ``targets=`` the
     attack heads for the one class asked for, and success is that class. Classes advance inside a
     lane. Around ``restarts(attack, r)`` it makes ``r`` starts towards each class.
 
     Args:
-        attack: a single attack that stops at success, with any loss: targeted ones
-            (``losses.dlr_targeted``, AutoAttack's) head for the class, of others the loss with the
-            class as label descends.
+        attack: a single attack that stops at success or keeps the closest point, with any loss:
+            targeted ones (``losses.dlr_targeted``, AutoAttack's) head for the class, of others the
+            loss with the class as label descends.
         n: how many classes to try at most.
 
     Raises:
         TypeError: if ``attack`` is itself a composition.
-        ValueError: if ``n`` is not a positive int, or the attack does not stop at success.
+        ValueError: if ``n`` is not a positive int, or the attack keeps another point.
     """
     _single("multi_targeted", attack, n)
-    if not attack.stops_at_success:
+    kept = getattr(getattr(attack, "attack", attack), "keep", None)
+    if not attack.stops_at_success and kept != "closest":
         raise ValueError(
             f"{type(attack).__name__} in multi_targeted must stop at success, or the last class "
-            "would decide what is returned: set keep='success'"
+            "would decide what is returned: set keep='success', or 'closest' where there is one"
         )
     return MultiTargeted(attack, n=n)
 

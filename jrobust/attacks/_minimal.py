@@ -26,6 +26,10 @@ from jrobust.threat import Linf, Threat
 Array = jax.Array
 
 
+# 8 / 255 is the distance of two levels up to a few parts in a million, in float32.
+_RIM = 1e-5
+
+
 class Search(NamedTuple):
     """What a minimal-norm attack carries in ``State.inner``."""
 
@@ -33,11 +37,14 @@ class Search(NamedTuple):
     own: Any  # what the algorithm itself carries (leaves with example axis)
 
 
-def within(threat: Threat, x: Array, x0: Array) -> Array:
+def within(threat: Threat, x: Array, x0: Array, *, on_grid: bool = False) -> Array:
     """(B,) bool: whether ``x`` (B, ...), a point of the box, lies in the ball around ``x0``.
 
-    In Linf in exact arithmetic, in L0 by counting, else by the float32 norm.
+    In Linf in exact arithmetic, in L0 by counting, else by the float32 norm. A radius of whole
+    levels reaches the points of the grid at its rim only up to rounding: ``on_grid`` allows that.
     """
+    if on_grid:
+        return threat.distance(x, x0) <= threat.eps * (1 + _RIM)
     if isinstance(threat, Linf):
         return jnp.all(threat.project(x, x0) == x, axis=tuple(range(1, x.ndim)))
     return threat.distance(x, x0) <= threat.eps
@@ -57,16 +64,17 @@ def track(
     forwards: Array | int,
     backwards: Array | int,
     measure: Callable[[Record, Array], Array] | None = None,
+    on_grid: bool = False,
 ) -> Record:
     """Enter the evaluation of ``x`` (B, ...) into the account of the lanes that are not done.
 
     ``x`` is kept where it is a ``hit`` (B,), within ``eps``, and closer than what was kept before,
     by ``measure(record, x)`` (B,) or else the threat model's norm. The first point entered is the
-    input itself: what is returned where nothing is found.
+    input itself: what is returned where nothing is found. ``on_grid``: see :func:`within`.
     """
     measure = measure or distance
     live = ~record.done
-    counts = hit & live & within(record.threat, x, record.x0)
+    counts = hit & live & within(record.threat, x, record.x0, on_grid=on_grid)
     nearer = measure(record, x) < measure(record, record.best)
     better = counts & (nearer | ~record.success)
     spent = live.astype(jnp.int32)
@@ -178,14 +186,7 @@ class MinimalNorm(GradientAttack):
             raise ValueError(
                 f"{name}.quantize must be None or a number of levels from 2, got {self.quantize!r}"
             )
-        level = np.asarray(_levels(self.threat.batched(x), x, self.quantize))
-        off = float(np.max(np.abs(level - np.round(level)), initial=0.0))
-        if off > 0.01:
-            raise ValueError(
-                f"{name}.quantize={self.quantize} needs inputs on the grid of {self.quantize} "
-                f"levels between lo and hi, but x is up to {off:.2g} of a level off: round it, "
-                "or leave quantize=None"
-            )
+        check_grid(f"{name}.quantize", self.threat, x, self.quantize)
 
     def init(self, keys: Array, x: Array, y: Array, targets: Array | None = None) -> State:
         """See :meth:`Attack.init`."""
@@ -252,6 +253,7 @@ class MinimalNorm(GradientAttack):
             forwards=asked + jnp.where(waiting, sum(_passes(logits_fn)), forwards),
             backwards=jnp.where(waiting, 0, backwards),
             measure=self._measure,
+            on_grid=self.quantize is not None,
         )
         inner = state.inner._replace(hit=hit)
         ended = self.exhausted(state._replace(inner=inner))
@@ -271,17 +273,33 @@ class MinimalNorm(GradientAttack):
         )
 
 
-def _levels(threat: Threat, x: Array, count: int) -> Array:
+def levels_of(threat: Threat, x: Array, count: int) -> Array:
+    """Where ``x`` (B, ...) is on the scale of ``count`` levels: ``lo`` at 0, ``hi`` at the last."""
     return (x - threat.lo) / (threat.hi - threat.lo) * (count - 1)
 
 
-def rounded(record: Record, x: Array, count: int) -> Array:
-    """``x`` (B, ...) rounded to the nearest of ``count`` levels from ``lo`` to ``hi``."""
+def check_grid(name: str, threat: Threat, x: Array, count: int) -> None:
+    """Raise ``ValueError`` unless ``x`` (B, ...) is on the grid of ``count`` levels."""
+    level = np.asarray(levels_of(threat.batched(x), x, count))
+    off = float(np.max(np.abs(level - np.round(level)), initial=0.0))
+    if off > 0.01:
+        raise ValueError(
+            f"{name}: the inputs must be on the grid of {count} levels between lo and hi, but x is "
+            f"up to {off:.2g} of a level off: round it, or do without"
+        )
+
+
+def grid(record: Record, level: Array, count: int) -> Array:
+    """The points of ``level`` (B, ...), whole numbers, on the grid; the input to the bit at its."""
     threat = record.threat
-    level, before = (jnp.round(_levels(threat, v, count)) for v in (finite(x), record.x0))
     # From a table, because XLA would divide by multiplying with the reciprocal: in the box [0, 1]
     # these are the very numbers k / 255 that images are read as.
     share = jnp.asarray(np.arange(count, dtype=np.float32) / np.float32(count - 1))
     chosen = share[jnp.clip(level, 0, count - 1).astype(jnp.int32)]
-    grid = into_box(record, threat.lo + chosen * (threat.hi - threat.lo))
-    return jnp.where(level == before, record.x0, grid)
+    point = into_box(record, threat.lo + chosen * (threat.hi - threat.lo))
+    return jnp.where(level == jnp.round(levels_of(threat, record.x0, count)), record.x0, point)
+
+
+def rounded(record: Record, x: Array, count: int) -> Array:
+    """``x`` (B, ...) rounded to the nearest of ``count`` levels from ``lo`` to ``hi``."""
+    return grid(record, jnp.round(levels_of(record.threat, finite(x), count)), count)
