@@ -60,6 +60,7 @@ bench: .venv/.installed .venv-peer/.installed
 	$(PY) benchmarks/compile.py --small
 	$(PY) benchmarks/loader.py --small
 	$(PY) benchmarks/autoattack.py --small
+	$(PY) benchmarks/attacks.py --small
 
 clean:
 	rm -rf .venv .venv-newest .venv-peer .cache runs benchmarks/out

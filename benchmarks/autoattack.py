@@ -102,9 +102,9 @@ class Case:
         (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(self.settings)))
 
     @classmethod
-    def load(cls, folder: pathlib.Path) -> Case:
-        """Read what :meth:`save` wrote."""
-        settings = Settings(**json.loads((folder / "settings.json").read_text()))
+    def load(cls, folder: pathlib.Path, kind: type[Settings] = Settings) -> Case:
+        """Read what :meth:`save` wrote; ``kind`` is that of its settings."""
+        settings = kind(**json.loads((folder / "settings.json").read_text()))
         with np.load(folder / "case.npz") as arrays:
             case = dict(arrays)
         x, y = case.pop("x"), case.pop("y")
@@ -181,10 +181,12 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
                 seconds = case.run().seconds
                 return sum(seconds.values()) / total
 
-            def theirs() -> float:
-                return peer.ask("attack", seed=0, batch=total)["seconds"] / total
+            def theirs(batch: int) -> float:
+                return peer.ask("attack", seed=0, batch=batch)["seconds"] / total
 
-            turns = {JROBUST: ours, PEER: theirs}
+            best = min({total, -(-total // 2), -(-total // 4)}, key=theirs)
+
+            turns = {JROBUST: ours, PEER: lambda: theirs(best)}
             times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
     forward = _common.operations(case.model, jnp.asarray(case.x[:1]))
     passes = int(report.examples["forwards"].sum() + report.examples["backwards"].sum())
@@ -194,7 +196,7 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
     compiled = {"compile_cold_s": cold["compile_s"], "compile_warm_s": warm["compile_s"]}
     rows = [
         _common.row(JROBUST, total, **_common.speed(times[JROBUST], flops, limit), **compiled),
-        _common.row(PEER, total, **_common.speed(times[PEER], flops, limit)),
+        _common.row(PEER, best, **_common.speed(times[PEER], flops, limit)),
     ]
     fresh = [t * total + warm["compile_s"] for t in times[JROBUST]]
     ratios = [

@@ -16,9 +16,13 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import _common  # noqa: E402
+import attacks as pairs  # noqa: E402
+import autoattack  # noqa: E402
 import catalogue  # noqa: E402
 import compile as compile_times  # noqa: E402
 import pgd  # noqa: E402
+
+from jrobust import models  # noqa: E402
 
 TOY = pgd.Settings(depth=8, widths=(4, 8, 8), side=8, batch=4, steps=3, rounds=2)
 
@@ -394,3 +398,67 @@ def test_the_peer_is_timed_at_its_best_batch_size():
     turn, best = pgd.peer_turn(Fake(), TOY)
     assert best == 8
     assert turn() == 1.0
+
+
+# --- pairs of attacks
+
+
+@pytest.fixture(scope="module")
+def digits():
+    settings = pairs.Settings(examples=4, share=0.1)
+    x = np.random.default_rng(0).uniform(size=(4, 8, 8, 1)).astype(np.float32)
+    module = models.SmallCNN(widths=(4, 4), hidden=8)
+    case = autoattack.Case(settings, module.init(jax.random.key(0), x), x, np.arange(4))
+    case.module = module
+    case.model = models.bind(module, case.variables)
+    case.y = np.asarray(case.model(x)).argmax(1)
+    return case
+
+
+class Echo:
+    """A peer that answers with the points it is given."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def ask(self, what, **request):
+        self.asked.append(request)
+        if "out" in request:
+            np.savez(self.folder / request["out"], x=self.x, success=self.success)
+        return {"seconds": 2.0}
+
+
+@pytest.mark.parametrize("name", pairs.PAIRS)
+def test_both_sides_of_a_pair_have_the_same_settings(name, digits):
+    pair = pairs.PAIRS[name]
+    run = pairs.Run(digits, pair, digits.settings.share)
+    run.attack.check(digits.x, digits.y, 10)
+    assert run.length == (pair.length if pair.minimal else max(1, pair.length // 10))
+    lengths = {k: v for k, v in run.arguments.items() if k in ("steps", "n_queries")}
+    assert set(lengths.values()) <= {run.length}
+    assert name == "FGSM" or lengths
+    if pair.minimal:
+        assert run.eps is None
+        assert float(run.threat.eps) == pytest.approx(run.threat.widest(1.0, (8, 8, 1)))
+    else:
+        assert run.eps == pytest.approx(run.arguments.get("eps", 5 * digits.settings.eps))
+    step = run.arguments.get("alpha", run.arguments.get("abs_stepsize"))
+    if step is not None:
+        size = run.attack.step_size
+        assert step == pytest.approx(run.attack.rel_step_size * run.eps if size is None else size)
+
+
+def test_a_peer_that_is_stronger_stops_the_report(digits, tmp_path):
+    run = pairs.Run(digits, pairs.PAIRS["FMN"], 1.0)
+    peer = Echo(tmp_path)
+    peer.x, peer.success = np.abs(digits.x - 1e-5), np.ones(4, bool)
+    checks, ours = run.same("FMN", peer, tmp_path)
+    stands, distance = checks
+    assert stands["value"] == pytest.approx(1 - np.mean(ours.success))
+    assert distance["value"] > 100
+    with pytest.raises(_common.DisagreementError, match="FMN: median distance over theirs"):
+        _common.require(checks)
+    peer.success = np.zeros(4, bool)
+    assert run.same("FMN", peer, tmp_path)[0][1]["passed"]
+    assert run.theirs(peer, 2) == 2.0
+    assert peer.asked[-1]["batch"] == 2
