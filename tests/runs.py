@@ -146,7 +146,7 @@ def kill(name: str, directory: pathlib.Path, times: int, seed: int, configure) -
             print(len(set(seen)), "different states at the kills")
             sys.exit(os.waitstatus_to_exitcode(status))
         if rng.random() < 0.7:  # somewhere behind the next thing it finishes, if it does
-            before, patience = progress(directory), time.monotonic() + 10.0
+            before, patience = progress(directory), time.monotonic() + 60.0
             while progress(directory) == before and time.monotonic() < patience:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0.0, 0.3))

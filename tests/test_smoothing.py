@@ -128,8 +128,18 @@ def test_abstention_thresholds():
         assert result.selected.tolist() == [1, 1]
     for k, n in ((67, 100), (553, 1000), (5166, 10**4), (11, 11)):
         assert smoothing.predict(counts([k, k - 1], n), 0.001).tolist() == [1, -1]
-    unanimous = np.arange(1, 11)
-    assert np.all(smoothing.predict(counts(unanimous, unanimous), 0.001) == -1)
+
+
+def test_votes_that_could_only_abstain_are_refused():
+    """Fewer than 11 votes never pass the test at 0.001, whatever they say."""
+    with pytest.raises(ValueError, match=r"n = 10 votes always abstain .* at least n = 11"):
+        smoothing.predict(counts(10, 10), 0.001)
+    for alpha in (0.001, 0.05, 0.5, 2.0**-7):
+        n = math.ceil(1 - math.log2(alpha))
+        assert smoothing.predict(counts(n, n), alpha).tolist() == [1]
+        assert statistics.binomial_test(n - 1, n - 1) > alpha
+        with pytest.raises(ValueError, match="always abstain"):
+            smoothing.predict(counts(n - 1, n - 1), alpha)
 
 
 def test_rejects_count_against_the_top_class():

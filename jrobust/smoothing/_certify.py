@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,15 @@ class Certificate:
     """What n votes prove about each input, each statement wrong with probability at most alpha.
 
     "The smoothed classifier answers ``prediction[i]`` at every point within ``radius[i]`` of input
-    i, in ``norm``." It is about the smoothed classifier with the noise that was drawn.
+    i, in ``norm``"; with ``top = k`` above 1, "has it among its k most probable answers". It is
+    about the smoothed classifier with the noise that was drawn, of the model that certifies.
     """
 
     prediction: np.ndarray
     """(B,) int64: the certified class, or -1 where the procedure abstains."""
     radius: np.ndarray
-    """(B,) float64, rounded down, in the units of the input: 0 where it abstains, else > 0."""
+    """(B,) float64, rounded down, in the units of the input: 0 where it abstains, else > 0. In L0
+    it counts locations, and may be 0 for an answer that is proved at the input itself."""
     selected: np.ndarray
     """(B,) int64: the class that was tested, whether certified or not."""
     p_lower: np.ndarray
@@ -42,6 +45,8 @@ class Certificate:
     """Probability of error of each statement."""
     norm: str
     """Norm of the radius."""
+    top: int = 1
+    """What is proved of ``prediction`` is that it stays among the ``top`` most probable answers."""
 
     def _correct(self, y: ArrayLike) -> np.ndarray:
         y = np.asarray(y)
@@ -52,13 +57,18 @@ class Certificate:
             )
         return self.prediction == y
 
-    def accuracy(self, y: ArrayLike, radii: ArrayLike = 0.0) -> Any:
+    def accuracy(
+        self, y: ArrayLike, radii: ArrayLike = 0.0, confidence: float | None = None
+    ) -> Any:
         """Certified accuracy: the fraction certified as ``y`` with a radius of at least each of
         ``radii``; at 0, correct and not abstained.
 
         Args:
             y: (B,) true labels.
             radii: any shape, at least 0.
+            confidence: if given, the certificates that may be false with this confidence (see
+                :meth:`statement`) are taken off: at least this fraction of these very inputs is
+                robustly correct, for noise that is independent between inputs.
 
         Returns:
             float64 of the shape of ``radii``.
@@ -66,7 +76,12 @@ class Certificate:
         radii = np.asarray(radii, np.float64)
         if not np.all(radii >= 0):
             raise ValueError(f"radii must be at least 0, got {radii}")
-        return np.mean(self._correct(y) & (self.radius >= radii[..., None]), axis=-1)
+        accuracy = np.mean(self._correct(y) & (self.radius >= radii[..., None]), axis=-1)
+        if confidence is None:
+            return accuracy
+        images = self.prediction.size
+        false = statistics.false_certificates(images, self.alpha, confidence)
+        return np.maximum(accuracy - false / images, 0.0)
 
     def average_radius(self, y: ArrayLike) -> float:
         """Average certified radius (Zhai et al. 2020): wrong answers and abstentions count 0.
@@ -86,13 +101,43 @@ class Certificate:
         )
 
 
-def ceiling(noise: Noise, n: int, alpha: float) -> float:
+def unanimous(n: int, alpha: float, anytime: bool) -> float:
+    """Upper bound on the probability of what n votes never showed, in closed form."""
+    return -math.expm1((math.log(alpha) - (math.log(n + 1) if anytime else 0.0)) / n)
+
+
+def ceiling(noise: Noise, n: int, alpha: float, *, top: int = 1, anytime: bool = False) -> float:
     """The largest radius that n samples can certify at alpha: that of n equal votes.
 
-    Not positive when n is too small to certify anything. From the closed form
-    ``q = 1 - alpha^(1/n)``, and so a check on the general bound.
+    Negative when n is too small to certify anything. From the closed form
+    ``q = 1 - alpha^(1/n)``, and so a check on the general bound. Of a certificate that splits alpha
+    (two bounds, a voter, s stages) it is the ceiling at what the top class gets: alpha / 2, or
+    alpha / s. Arguments are those of :func:`certify`.
     """
-    return float(noise.radius(-math.expm1(math.log(alpha) / n)))
+    q = unanimous(n, alpha, anytime)
+    return float(noise.radius(q, q / top))
+
+
+def samples_for(noise: Noise, radius: float, alpha: float, *, top: int = 1) -> int:
+    """The smallest n whose :func:`ceiling` reaches ``radius``.
+
+    Raises:
+        ValueError: if 2^31 samples do not reach it.
+    """
+    low, high = 0, 1
+    while ceiling(noise, high, alpha, top=top) < radius:
+        low, high = high, 2 * high
+        if high > 2**31:
+            raise ValueError(
+                f"no number of samples below 2^31 certifies a radius of {radius} with {noise}"
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ceiling(noise, middle, alpha, top=top) < radius:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _check_counts(name: str, counts: ArrayLike) -> np.ndarray:
@@ -110,21 +155,87 @@ def _check_counts(name: str, counts: ArrayLike) -> np.ndarray:
     return counts
 
 
+def _select(select: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """(B,) int64: the classes to test, from counts or given."""
+    if np.ndim(select) == 1:
+        classes = np.asarray(select)
+        if classes.shape != shape[:1] or classes.dtype.kind not in "iu":
+            raise ValueError(
+                f"classes to test must be integers of shape {shape[:1]}, got {classes.dtype} of "
+                f"shape {classes.shape}"
+            )
+        if np.any((classes < 0) | (classes >= shape[1] - 1)):
+            raise ValueError(f"classes to test must lie in 0 .. {shape[1] - 2}, got {classes}")
+        return classes.astype(np.int64)
+    counts = _check_counts("select_counts", select)
+    if counts.shape != shape:
+        raise ValueError(
+            f"select_counts and estimate_counts must have one shape, got {counts.shape} and {shape}"
+        )
+    return counts[:, :-1].argmax(axis=1)
+
+
+def upper(k: Any, n: Any, alpha: float, anytime: bool) -> Any:
+    """Upper confidence bound on the probability of what came up k times of n."""
+    if anytime:
+        return statistics.confidence_sequence(k, n, alpha)[1]
+    return statistics.clopper_pearson_upper(k, n, alpha)
+
+
 def certify(
-    select_counts: ArrayLike, estimate_counts: ArrayLike, noise: Noise, alpha: float
+    select_counts: ArrayLike,
+    estimate_counts: ArrayLike,
+    noise: Noise,
+    alpha: float,
+    *,
+    top: int = 1,
+    two_bounds: bool = False,
+    anytime: bool = False,
+    disagreements: ArrayLike | None = None,
 ) -> Certificate:
     """CERTIFY (Cohen et al. 2019, section 3.2.2): a class and a radius for each input, or abstain.
 
     The class is the most voted of ``select_counts`` (the lowest index on ties, never the
     rejects). Its probability is bounded below at one-sided ``alpha`` by Clopper and Pearson from
     ``estimate_counts``, where rejects are votes against it, and every other answer above by the
-    complement. The procedure abstains unless the radius of that bound is positive.
+    complement. The procedure abstains unless the radius of that bound is positive (in L0: unless
+    the class is proved at the input itself).
+
+    ``two_bounds``: the top class is bounded at alpha / 2 and each of the C other answers (the other
+    classes, and the rejects) at alpha / (2 C), all of them, because the runner-up is chosen by the
+    same votes. The radius is that of both bounds, which can be positive where no answer has a
+    majority. It has to be chosen before the counts are seen.
+
+    ``top`` = k: the class is proved to stay among the k most probable answers (Jia et al. 2020).
+    The k-th most probable other answer has at most 1 / k of the probability of all others, or,
+    with ``two_bounds``, the k-th largest of their bounds if that is less.
+
+    ``anytime``: the bounds hold for all sample sizes at once
+    (:func:`jrobust.statistics.confidence_sequence`), so that n may have been chosen by looking at
+    the counts. Else n must have been fixed before, or see :func:`certify_staged`.
+
+    ``disagreements``: the votes were cast by a fast model h, and the certificate is about the exact
+    model f. For the selected class c, which is fixed when these samples are drawn,
+
+        P(f != c) <= P(h != c) + P(h = c, f != c),
+
+    because f != c means h != c, or h = c and f != c. Both terms are probabilities under the noise
+    at the input. The first is bounded at alpha / 2 from the votes of h, the second at alpha / 2
+    from column c of ``disagreements``. With probability at least 1 - alpha both bounds hold
+    (Boole's inequality, so that the pairs may be a part of the samples that voted), and then their
+    sum bounds P(f != c). The radius is that of the sum, for f, with nothing assumed about h. The
+    second bound is at least ``1 - (alpha / 2)^(1/m)`` for m pairs, which limits the radius.
 
     Args:
-        select_counts: (B, C + 1) integer counts of :func:`count_votes`, under the selection key.
+        select_counts: (B, C + 1) integer counts of :func:`count_votes`, under the selection key;
+            or (B,) integer classes that were fixed without a look at the estimate, such as labels.
         estimate_counts: (B, C + 1) counts of *fresh* samples, under the estimation key.
         noise: the noise that was drawn.
         alpha: probability that one certificate is false, in (0, 1).
+        top: k of a top-k certificate, in 1 .. C - 1.
+        two_bounds: bound every answer.
+        anytime: the number of samples was not fixed beforehand.
+        disagreements: (B, C + 1) counts of :func:`count_disagreements`.
 
     Returns:
         A :class:`Certificate` of float64 and int64 numpy arrays.
@@ -132,7 +243,9 @@ def certify(
     Raises:
         TypeError: counts that are not integer.
         ValueError: counts of different shapes, negative or empty; the same array for both; alpha
-            outside (0, 1); bad noise parameters; n too small to certify anything at alpha.
+            outside (0, 1); bad noise parameters; n too small to certify anything at alpha; top out
+            of range; ``disagreements`` together with ``two_bounds``, or fewer pairs than can
+            certify.
     """
     alpha = float(check_probability("alpha", alpha))
     noise.check()
@@ -141,41 +254,191 @@ def certify(
             "select_counts and estimate_counts are the same array: the bound needs samples that "
             "had no part in selecting the class; count them under stages(key).estimate"
         )
-    select = _check_counts("select_counts", select_counts)
     estimate = _check_counts("estimate_counts", estimate_counts)
-    if select.shape != estimate.shape:
-        raise ValueError(
-            f"select_counts and estimate_counts must have one shape, got {select.shape} and "
-            f"{estimate.shape}"
-        )
+    selected = _select(select_counts, estimate.shape)
+    others = estimate.shape[1] - 1  # answers other than the top class
+    if not 1 <= top < others:
+        raise ValueError(f"top must be in 1 .. {others - 1} for {others} classes, got {top}")
+    if two_bounds and disagreements is not None:
+        raise ValueError("a certificate from another model's votes has one bound, not two")
     n = estimate.sum(axis=1)
-    needed = math.floor(math.log2(1 / alpha)) + 1
-    if n.min() < needed:
-        raise ValueError(
-            f"n = {n.min()} samples can never certify at alpha = {alpha:g}; "
-            f"at least n = {needed} are needed"
-        )
+    level = alpha / 2 if two_bounds or disagreements is not None else alpha
+    check_enough("n", int(n.min()), level, anytime, top)
 
-    selected = select[:, :-1].argmax(axis=1)
-    count = np.take_along_axis(estimate, selected[:, None], axis=1)[:, 0]
-    radius = noise.radius(statistics.clopper_pearson_upper(n - count, n, alpha))
-    certified = radius > 0
-    if np.any(radius > ceiling(noise, int(n.max()), alpha)):
+    column = selected[:, None]
+    count = np.take_along_axis(estimate, column, axis=1)[:, 0]
+    q = upper(n - count, n, level, anytime)
+    p_lower = (
+        statistics.confidence_sequence(count, n, level)[0]
+        if anytime
+        else statistics.clopper_pearson_lower(count, n, level)
+    )
+    if disagreements is not None:
+        pairs = _check_counts("disagreements", disagreements)
+        if pairs.shape != estimate.shape:
+            raise ValueError(
+                f"disagreements and estimate_counts must have one shape, got {pairs.shape} and "
+                f"{estimate.shape}"
+            )
+        m = pairs.sum(axis=1)
+        check_enough("disagreements of", int(m.min()), level, anytime, top)
+        wrong = upper(np.take_along_axis(pairs, column, axis=1)[:, 0], m, level, anytime)
+        # Outward: both operations round.
+        q = np.minimum(np.nextafter(q + wrong, 2.0), 1.0)
+        p_lower = np.maximum(np.nextafter(p_lower - wrong, -1.0), 0.0)
+    runner = np.nextafter(q / top, 2.0) if top > 1 else q
+    if two_bounds:
+        bounds = upper(estimate, n[:, None], level / others, anytime)
+        np.put_along_axis(bounds, column, 0.0, axis=1)
+        runner = np.minimum(runner, np.sort(bounds, axis=1)[:, -top])
+
+    radius = noise.radius(q, runner)
+    certified = proves(noise, radius)
+    if np.any(radius > ceiling(noise, int(n.max()), level, top=top, anytime=anytime)):
         raise AssertionError(
             f"radius {radius.max()} is above the ceiling of n = {n.max()} samples at "
-            f"alpha = {alpha:g}: the noise's radius rule is wrong"
+            f"alpha = {level:g}: the noise's radius rule is wrong"
         )
     return Certificate(
         prediction=np.where(certified, selected, ABSTAIN),
         radius=np.where(certified, radius, 0.0),
         selected=selected,
-        p_lower=statistics.clopper_pearson_lower(count, n, alpha),
+        p_lower=p_lower,
         count=count,
         rejects=estimate[:, -1],
         n=n,
         alpha=alpha,
         norm=noise.norm,
+        top=top,
     )
+
+
+def proves(noise: Noise, radius: np.ndarray) -> np.ndarray:
+    """Whether a radius is a certificate; that of no location, in L0, is one of the input itself."""
+    return (radius >= 0) if noise.norm == "L0" else (radius > 0)
+
+
+def check_enough(name: str, n: int, alpha: float, anytime: bool, top: int = 1) -> None:
+    """Raise ``ValueError`` unless n equal votes prove that the class is in front."""
+
+    def enough(n: int) -> bool:
+        return unanimous(n, alpha, anytime) * (1 + 1 / top) < 1
+
+    if enough(n):
+        return
+    needed = next(m for m in range(1, 2**31) if enough(m))
+    raise ValueError(
+        f"{name} = {n} samples can never certify at alpha = {alpha:g}; "
+        f"at least n = {needed} are needed"
+    )
+
+
+STAGES = (100, 1_000, 10_000, 100_000)
+
+
+def certify_staged(
+    select_counts: ArrayLike,
+    vote: Callable[[np.ndarray, int, int], ArrayLike],
+    noise: Noise,
+    alpha: float,
+    *,
+    stages: Sequence[int] = STAGES,
+    radius: float | None = None,
+    top: int = 1,
+    two_bounds: bool = False,
+    anytime: bool = False,
+) -> Certificate:
+    """CERTIFY with votes only for inputs that still need them.
+
+    After each of the s ``stages`` every input that is open gets a certificate from all of its votes
+    so far, and its largest one counts. An input is closed when ``radius`` is certified, or when its
+    votes say, at confidence 1 - alpha, that it will not be: giving up needs no proof.
+
+    Proof: think of all votes as drawn in advance. The bound from the first ``stages[i]`` of them is
+    at alpha / s, and ``stages`` is fixed, so that with probability at least 1 - alpha all s bounds
+    are right (Boole's inequality), whichever of them the procedure gets to see and to report. With
+    ``anytime`` one confidence sequence at alpha covers all stages, however many there are.
+
+    Args:
+        select_counts: as in :func:`certify`.
+        vote: ``vote(rows, start, n)`` counts samples start .. start + n - 1 of the inputs ``rows``,
+            an increasing (R,) int array: (R, C + 1), by :func:`count_votes` under the estimation
+            key, padded to a fixed number of inputs if it is compiled.
+        noise: the noise that was drawn.
+        alpha: probability that one certificate is false, in (0, 1).
+        stages: total votes after each stage, increasing.
+        radius: what is asked for. By default as much as the last stage gives: only inputs that will
+            never be certified stop early.
+        top: as in :func:`certify`, like ``two_bounds`` and ``anytime``.
+
+    Returns:
+        The :class:`Certificate`, whose ``count`` and ``n`` are the votes behind it.
+
+    Raises:
+        TypeError, ValueError: as :func:`certify`; stages that do not increase, a first stage that
+            is too small to certify, a radius that the last stage cannot reach.
+    """
+    alpha = float(check_probability("alpha", alpha))
+    noise.check()
+    if len(stages) < 1 or min(np.diff(stages, prepend=0)) < 1:
+        raise ValueError(f"stages must be total votes, increasing and positive, got {stages}")
+    share = alpha if anytime else alpha / len(stages)
+    level = share / 2 if two_bounds else share
+    reach = ceiling(noise, stages[-1], level, top=top, anytime=anytime)
+    if radius is not None and not radius <= reach:
+        raise ValueError(
+            f"{stages[-1]} votes at alpha = {level:g} certify a radius of at most {reach}, "
+            f"never {radius}: ask for less or add a stage"
+        )
+    best: Certificate | None = None
+    counts = np.zeros(0, np.int64)
+    rows = np.arange(len(np.asarray(select_counts)))
+    before = 0
+    for n in stages:
+        fresh = np.asarray(vote(rows, before, n - before))
+        if best is None:
+            counts = np.zeros((len(rows), *fresh.shape[1:]), fresh.dtype)
+        counts[rows] += fresh
+        # Rows that are closed are certified again from the same votes: to the same certificate.
+        now = certify(
+            select_counts, counts, noise, share, top=top, two_bounds=two_bounds, anytime=anytime
+        )
+        best = now if best is None else _larger(best, now)
+        before = n
+        hopeful = _optimum(now, counts, noise, alpha, top, two_bounds) >= (radius or 0.0)
+        done = best.radius >= (math.inf if radius is None else radius)
+        rows = rows[(hopeful & ~(done & (best.prediction >= 0)))[rows]]
+        if not len(rows):
+            break
+    assert best is not None
+    return dataclasses.replace(best, alpha=alpha)
+
+
+def _larger(first: Certificate, second: Certificate) -> Certificate:
+    """Row by row the certificate of larger radius; the second where they are equal."""
+    better = (first.prediction >= 0) & (
+        (first.radius > second.radius) | (second.prediction == ABSTAIN)
+    )
+    fields = {
+        name: np.where(better, value, getattr(second, name))
+        for name, value in vars(first).items()
+        if np.ndim(value)
+    }
+    return dataclasses.replace(second, **fields)
+
+
+def _optimum(
+    now: Certificate, counts: np.ndarray, noise: Noise, alpha: float, top: int, two_bounds: bool
+) -> np.ndarray:
+    """The radius that no number of further votes will pass, at confidence 1 - alpha."""
+    q = statistics.clopper_pearson_lower(now.n - now.count, now.n, alpha)
+    runner = q / top
+    if two_bounds:
+        rivals = counts.copy()
+        np.put_along_axis(rivals, now.selected[:, None], 0, axis=1)
+        strongest = np.sort(rivals, axis=1)[:, -top]
+        runner = np.minimum(runner, statistics.clopper_pearson_lower(strongest, now.n, alpha))
+    return noise.radius(q, runner)
 
 
 def predict(counts: ArrayLike, alpha: float) -> np.ndarray:
@@ -194,10 +457,17 @@ def predict(counts: ArrayLike, alpha: float) -> np.ndarray:
 
     Raises:
         TypeError: counts that are not integer.
-        ValueError: counts of a wrong shape, negative or empty; alpha outside (0, 1).
+        ValueError: counts of a wrong shape, negative or empty; alpha outside (0, 1); so few votes
+            that it would always abstain (below 11 at alpha = 0.001).
     """
     alpha = float(check_probability("alpha", alpha))
     counts = _check_counts("counts", counts)
+    n = int(counts.sum(axis=1).min())
+    needed = math.ceil(1 - math.log2(alpha))
+    if n < needed:
+        raise ValueError(
+            f"n = {n} votes always abstain at alpha = {alpha:g}; at least n = {needed} are needed"
+        )
     order = np.argsort(-counts, axis=1, kind="stable")[:, :2]
     first, second = np.take_along_axis(counts, order, axis=1).T
     sure = statistics.binomial_test(first, first + second) <= alpha

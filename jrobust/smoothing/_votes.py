@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,78 @@ def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) 
         )
 
 
+def _scan(
+    key: Array,
+    label: Callable[[Array], Array],
+    columns: int,
+    x: Array,
+    noise: Noise,
+    n: int,
+    start: Array | int,
+    ids: Array,
+    chunk: int,
+) -> Array:
+    """Count the labels, below ``columns``, of n noisy copies of each input: (B, columns) int32."""
+    batch, rows = x.shape[0], x.shape[0] * chunk
+    if not isinstance(start, jax.core.Tracer):
+        start = jnp.uint32(start)
+    start = jnp.asarray(start).astype(jnp.uint32)
+    image_keys = jnp.repeat(keys.examples(key, ids), chunk)
+    offsets = jnp.arange(chunk, dtype=jnp.uint32)
+
+    def body(i: Array, counts: Array) -> Array:
+        done = jnp.asarray(i).astype(jnp.uint32) * chunk + offsets  # (chunk,), from 0
+        sample_keys = keys.fold(image_keys, jnp.tile(start + done, batch))
+        points = jax.vmap(noise.perturb)(sample_keys, jnp.repeat(x, chunk, axis=0))
+        check_dtype(points.dtype)
+        finite = jnp.isfinite(points).reshape(rows, -1).all(axis=1)
+        labels = jnp.where(finite, label(points), columns - 1).reshape(batch, chunk)
+        labels = jnp.where((done < n)[None], labels, -1)  # the tail of the last chunk is nobody's
+        hits = labels[:, :, None] == jnp.arange(columns)[None, None]
+        return counts + hits.sum(axis=1, dtype=jnp.int32)
+
+    # Zeros made from the inputs vary over a mesh where the counts will.
+    zero = jnp.zeros_like(ids, jnp.int32) + jnp.zeros_like(start, jnp.int32)
+    init = jnp.zeros_like(x, jnp.int32, shape=(batch, columns)) + zero[:, None]
+    return drive.loop(-(-n // chunk), body, init)
+
+
+def _prepare(
+    key: Array, x: Array, n: int, start: Array | int, ids: Array | None, chunk: int | None
+) -> tuple[Array, Array, int]:
+    """Checked (x, ids, chunk)."""
+    ids = None if ids is None else jnp.asarray(ids)
+    _check(key, x, n, start, ids)
+    x = jnp.asarray(x)
+    if chunk is None:
+        most = default_chunk(x.shape[0], x.shape[1:])
+        chunk = -(-n // -(-n // most))  # as many passes, but equally full ones
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return x, jnp.arange(x.shape[0]) if ids is None else ids, min(chunk, n)
+
+
+def _logits_of(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> tuple[Any, int]:
+    """``fn`` at the highest precision, and its number of classes; ``shape`` is that of a batch."""
+
+    def logits_of(points: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return fn(points)
+
+    out = jax.eval_shape(logits_of, jax.ShapeDtypeStruct(shape, jnp.float32))
+    if getattr(out, "ndim", None) != 2 or out.shape[0] != shape[0] or out.shape[1] < 2:
+        raise ValueError(
+            f"logits_fn must map {shape} to ({shape[0]}, C) logits with C >= 2, got {out}"
+        )
+    return logits_of, out.shape[1]
+
+
+def _vote(logits: Array) -> Array:
+    """(R, C) logits -> (R,) votes: the first of the largest, or C where one is not finite."""
+    finite = jnp.isfinite(logits).all(axis=1)
+    return jnp.where(finite, jnp.argmax(logits, axis=1), logits.shape[1])
+
+
 def count_votes(
     key: Array,
     logits_fn: Callable[[Array], Array],
@@ -77,9 +149,11 @@ def count_votes(
     """Count the classes that ``logits_fn`` gives to n noisy copies of each input.
 
     Pure and traceable: call it inside ``jax.jit`` with n and chunk fixed. Sample j of the image
-    with id i is drawn from ``fold_in(fold_in(key, i), j)`` in float32 and added to float32 x
+    with id i is drawn from ``fold_in(fold_in(key, i), j)`` in float32 and joined with float32 x
     before anything else, so that votes do not depend on chunk, batch, order or device, up to the
     rounding of the network at another batch shape. Counts over disjoint ranges of samples add up.
+    Each pass classifies ``chunk`` samples of every image, so that few images with many samples
+    fill the device as well as many images with few.
 
     The network runs under ``jax.default_matmul_precision("highest")``: a certificate is about
     ``logits_fn`` in the precision it is written in, not in one that the hardware prefers. Layers
@@ -95,7 +169,7 @@ def count_votes(
         start: index of the first sample; may be traced. ``start + n`` may not exceed 2^32.
         ids: (B,) integer ids of the inputs, by default 0 .. B - 1.
         chunk: samples of each input in one forward pass, which takes B * chunk rows; by default
-            what fills 4,096 rows or 2^24 input values, whichever is less.
+            what fills 4,096 rows or 2^24 input values, whichever is less, in equal passes.
 
     Returns:
         (B, C + 1) int32, each row summing to n. The last column counts rejects: samples whose noisy
@@ -103,54 +177,58 @@ def count_votes(
 
     Raises:
         TypeError: x not float32, start not integer, a raw uint32 key.
-        ValueError: empty x, n or chunk < 1, ids of another shape, noise not float32,
-            logits that are not (R, C) with C >= 2.
+        ValueError: empty x, n or chunk < 1, ids of another shape, noise not float32 or of another
+            size, logits that are not (R, C) with C >= 2.
     """
-    ids = None if ids is None else jnp.asarray(ids)
-    _check(key, x, n, start, ids)
-    x = jnp.asarray(x)
-    batch, shape = x.shape[0], x.shape[1:]
-    if chunk is None:
-        chunk = default_chunk(batch, shape)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    chunk = min(chunk, n)
-    rows = batch * chunk
+    x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
+    logits_of, classes = _logits_of(logits_fn, (x.shape[0] * chunk, *x.shape[1:]))
+    return _scan(key, lambda v: _vote(logits_of(v)), classes + 1, x, noise, n, start, ids, chunk)
 
-    if not isinstance(start, jax.core.Tracer):
-        start = jnp.uint32(start)
-    start = jnp.asarray(start).astype(jnp.uint32)
-    ids = jnp.arange(batch) if ids is None else ids
-    image_keys = jnp.repeat(keys.examples(key, ids), chunk)
-    offsets = jnp.arange(chunk, dtype=jnp.uint32)
 
-    def logits_of(points: Array) -> Array:
-        with jax.default_matmul_precision("highest"):
-            return logits_fn(points)
+def count_disagreements(
+    key: Array,
+    logits_fn: Callable[[Array], Array],
+    voter: Callable[[Array], Array],
+    x: Array,
+    noise: Noise,
+    n: int,
+    *,
+    start: Array | int = 0,
+    ids: Array | None = None,
+    chunk: int | None = None,
+) -> Array:
+    """Count the votes of ``voter`` that ``logits_fn`` would not cast on the same noisy copies.
 
-    out = jax.eval_shape(logits_of, jax.ShapeDtypeStruct((rows, *shape), jnp.float32))
-    if getattr(out, "ndim", None) != 2 or out.shape[0] != rows or out.shape[1] < 2:
-        raise ValueError(
-            f"logits_fn must map {(rows, *shape)} to ({rows}, C) logits with C >= 2, got {out}"
-        )
-    classes = out.shape[1]
+    What lets a fast model, for instance the bfloat16 twin, vote for a certificate of the float32
+    one: see ``disagreements`` of :func:`certify`. Both see the copies that :func:`count_votes`
+    draws under the same key, and a sample that either cannot answer with finite logits is a vote
+    for no class.
 
-    def body(i: Array, counts: Array) -> Array:
-        done = jnp.asarray(i).astype(jnp.uint32) * chunk + offsets  # (chunk,), from 0
-        draws = jax.vmap(lambda k: noise.sample(k, shape))(
-            keys.fold(image_keys, jnp.tile(start + done, batch))
-        )
-        check_dtype(draws.dtype)
-        points = jnp.repeat(x, chunk, axis=0) + draws
-        logits = logits_of(points)
-        finite = jnp.isfinite(points).reshape(rows, -1).all(axis=1)
-        finite &= jnp.isfinite(logits).all(axis=1)
-        votes = jnp.where(finite, jnp.argmax(logits, axis=1), classes).reshape(batch, chunk)
-        votes = jnp.where((done < n)[None], votes, -1)  # the tail of the last chunk is nobody's
-        hits = votes[:, :, None] == jnp.arange(classes + 1)[None, None]
-        return counts + hits.sum(axis=1, dtype=jnp.int32)
+    Args:
+        key: a typed threefry key, of one stage.
+        logits_fn: the model that is certified, (R, ...) float32 -> (R, C) logits.
+        voter: the model whose votes were counted, likewise.
+        x: (B, ...) float32 inputs.
+        noise: the noise of the votes.
+        n: pairs for each input, a Python int; the other arguments are those of
+            :func:`count_votes`. ``chunk`` as in the votes keeps the shape of the voter's passes.
 
-    # Zeros made from the inputs vary over a mesh where the counts will.
-    zero = jnp.zeros_like(ids, jnp.int32) + jnp.zeros_like(start, jnp.int32)
-    init = jnp.zeros_like(x, jnp.int32, shape=(batch, classes + 1)) + zero[:, None]
-    return drive.loop(-(-n // chunk), body, init)
+    Returns:
+        (B, C + 1) int32, each row summing to n: in column c the samples for which ``voter`` said c
+        and ``logits_fn`` something else or nothing, in the last all others.
+
+    Raises:
+        TypeError, ValueError: as :func:`count_votes`; models with different numbers of classes.
+    """
+    x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
+    shape = (x.shape[0] * chunk, *x.shape[1:])
+    exact, classes = _logits_of(logits_fn, shape)
+    fast, others = _logits_of(voter, shape)
+    if classes != others:
+        raise ValueError(f"logits_fn has {classes} classes but voter {others}")
+
+    def label(points: Array) -> Array:
+        said = _vote(fast(points))
+        return jnp.where(said != _vote(exact(points)), said, classes)
+
+    return _scan(key, label, classes + 1, x, noise, n, start, ids, chunk)

@@ -46,7 +46,7 @@ def check_probability(name: str, value: ArrayLike) -> np.ndarray:
     return array
 
 
-def _outward(
+def outward(
     bound: np.ndarray, tail: Callable[[np.ndarray], np.ndarray], alpha: np.ndarray, sign: int
 ) -> np.ndarray:
     """Move ``bound`` up (sign 1) or down (-1) until ``tail(bound) <= alpha``, and a little more.
@@ -84,7 +84,7 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Any:
     k, n = _counts(k, n, 1)
     alpha = check_probability("alpha", alpha)
     a, b = np.maximum(k, 1), n - k + 1
-    bound = _outward(
+    bound = outward(
         special.betaincinv(a, b, alpha), lambda p: special.betainc(a, b, p), alpha, sign=-1
     )
     return np.where(k == 0, 0.0, bound)[()]
@@ -103,7 +103,7 @@ def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Any:
     k, n = _counts(k, n, 1)
     alpha = check_probability("alpha", alpha)
     a, b = k + 1, np.maximum(n - k, 1)
-    bound = _outward(
+    bound = outward(
         special.betainccinv(a, b, alpha), lambda p: special.betaincc(a, b, p), alpha, sign=1
     )
     return np.where(k == n, 1.0, bound)[()]
