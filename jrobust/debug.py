@@ -329,7 +329,7 @@ def trace(
         finite = jnp.all(jnp.isfinite(seen.logits), -1)
         prediction = np.where(finite & step.active, jnp.argmax(seen.logits, -1), -1)
         slope = jnp.full_like(seen.loss, jnp.nan)
-        if seen.gradient is not None:
+        if isinstance(seen.gradient, jax.Array):
             slope = jnp.linalg.norm(seen.gradient.reshape(slope.shape[0], -1), axis=-1)
         move = np.where(step.moved, threat.distance(new.x, old.x), np.float32(0))
         numbers = seen.loss, threat.distance(old.x, old.record.x0), slope, move

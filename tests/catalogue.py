@@ -15,21 +15,37 @@ from jrobust.attacks import (
     FAB,
     FGSM,
     FMN,
+    JSMA,
     MIFGSM,
+    MSD,
+    NES,
     PDGD,
     PGD,
     RSFGSM,
+    SPSA,
+    ZOO,
     Attack,
     AutoAttack,
+    Bandits,
     CWLinf,
     DeepFool,
+    SimBA,
     Square,
     multi_targeted,
     restarts,
     sequence,
     union,
 )
-from jrobust.smoothing import Gaussian
+from jrobust.smoothing import (
+    Converted,
+    DiscreteGaussian,
+    Exponential,
+    Gaussian,
+    Laplace,
+    Masking,
+    Pareto,
+    Uniform,
+)
 from jrobust.threat import L0, L1, L2, Linf, Threat
 from jrobust.training import TRADES, Adversarial, GaussianAugmentation, Standard
 from jrobust.zeroth_order import CGE, RGE
@@ -98,6 +114,23 @@ ATTACKS = [
     ),
     Entry("ALMA", lambda t: ALMA(t, steps=40, alpha=0.5), threats=(L2,), random=False, own=False),
     Entry("PDGD", lambda t: PDGD(t, steps=40), threats=(L2,), random=False, own=False),
+    Entry("JSMA", lambda t: JSMA(t, pairs=False), threats=(L0,), random=False, gain=0.3),
+    Entry("MSD", lambda t: MSD((t,), steps=4), random=False, own=False),
+    Entry("NES", lambda t: NES(t, queries=64, samples=4), threats=(Linf, L2), own=False),
+    Entry(
+        "SPSA",
+        lambda t: SPSA(t, queries=64, samples=4, step_size=0.1),
+        threats=(Linf, L2),
+        own=False,
+    ),
+    Entry("Bandits", lambda t: Bandits(t, queries=90, tile=1), threats=(Linf, L2), own=False),
+    Entry("SimBA", lambda t: SimBA(t, queries=40), threats=(L2, Linf), own=False),
+    Entry(
+        "ZOO",
+        lambda t: ZOO(t, queries=600, batch=3, steps=40, rounds=2, step_size=0.05, constant=1.0),
+        threats=(L2,),
+        own=False,
+    ),
     Entry("restarts", lambda t: restarts(PGD(t, steps=2), 2), ("Restarts",)),
     Entry(
         "multi_targeted",
@@ -135,6 +168,9 @@ PROTOCOL = {
 # And what needs a model that draws (tests/test_autoattack.py), or inputs on a grid
 # (tests/test_quantized.py).
 PROTOCOL |= {"EoT", "eot", "Quantized", "quantized"}
+# And what moves images (tests/test_spatial.py), or all examples by one perturbation
+# (tests/test_universal.py).
+PROTOCOL |= {"RotationTranslation", "Spatial", "SGDUAP", "UAP", "Universal", "UniversalResult"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +200,16 @@ OBJECTIVES = [
     Part("TRADES", "training", lambda beta: TRADES(_inner(0.02), beta=beta), (1.0, 6.0)),
     Part("GaussianAugmentation", "training", GaussianAugmentation, (0.1, 0.3)),
 ]
-NOISES = [Part("Gaussian", "smoothing", Gaussian, (0.1, 0.3))]
+NOISES = [
+    Part("Gaussian", "smoothing", Gaussian, (0.1, 0.3)),
+    Part("Uniform", "smoothing", Uniform, (0.1, 0.3)),
+    Part("Laplace", "smoothing", Laplace, (0.1, 0.3)),
+    Part("Pareto", "smoothing", Pareto, (0.1, 0.3)),
+    Part("Exponential", "smoothing", lambda scale: Exponential(scale, 5), (0.1, 0.3)),
+    Part("Converted", "smoothing", lambda s: Converted(Gaussian(s), "Linf", 5), (0.1, 0.3)),
+    Part("Masking", "smoothing", lambda f: Masking(2, 5, f, pixels=False), (-1.0, 2.0)),
+    Part("DiscreteGaussian", "smoothing", lambda _: DiscreteGaussian(0.25, 5), (1.0, 1.0)),
+]
 ESTIMATORS = [
     Part("CGE", "zeroth_order", CGE, (1e-2, 2e-2)),
     Part("RGE", "zeroth_order", lambda mu: RGE(mu, 4), (1e-2, 2e-2)),
@@ -177,8 +222,8 @@ OTHERS = {
         "guarded", "step", "update_statistics",
     },
     "smoothing": {
-        "ABSTAIN", "Certificate", "Noise", "Stages", "ceiling", "certify", "count_votes", "predict",
-        "stages",
+        "ABSTAIN", "Certificate", "Noise", "Plan", "Stages", "ceiling", "certify", "certify_staged",
+        "count_disagreements", "count_votes", "plan", "predict", "samples_for", "stages",
     },
     "zeroth_order": {"Estimator", "surrogate", "value_and_grad"},
 }  # fmt: skip

@@ -84,6 +84,13 @@ EVERY_WAY = [
 ]
 
 
+def threat(entry, factor):
+    """The first threat model of an entry, at ``factor`` times the suite's radius."""
+    kind = entry.threats[0]
+    eps = factor * RADII[kind.norm][0]
+    return kind(np.float32(np.ceil(eps) if kind is L0 else eps))
+
+
 def assert_same(a, b):
     for name, left, right in zip(a._fields, a, b):
         np.testing.assert_array_equal(left, right, err_msg=name)
@@ -137,11 +144,11 @@ def test_contract(entry, kind, key):
 def test_targets_are_reached(entry, key):
     if not entry.targeted:
         with pytest.raises((TypeError, ValueError), match="target"):
-            jrobust.run(entry.make(entry.threats[0](0.3)), key, NET, X, Y, targets=(Y + 1) % 4)
+            jrobust.run(entry.make(threat(entry, 1.0)), key, NET, X, Y, targets=(Y + 1) % 4)
         return
     targets = (Y + 1) % 4
     result = jrobust.run(
-        entry.make(entry.threats[0](1.4 * RADII[entry.threats[0].norm][0])),
+        entry.make(threat(entry, 1.4)),
         key,
         NET,
         X,
@@ -174,7 +181,8 @@ def test_state_and_configuration_are_pytrees(entry, kind, key):
 @pytest.mark.parametrize("entry", EVERY_WAY)
 def test_every_way_to_run_it_agrees(entry, key):
     """Eager, jit, vmap over eps, sharded jit, shard_map and pmap, on eight devices."""
-    attack = entry.make(entry.threats[0](np.float32(0.5 * RADII[entry.threats[0].norm][0])))
+    model = threat(entry, 0.5)
+    attack = entry.make(model)
 
     def call(x, y, ids):
         return attack(key, NET, x, y, ids=ids).success
@@ -185,7 +193,7 @@ def test_every_way_to_run_it_agrees(entry, key):
     got = {"eager": call(*batch), "jit": jax.jit(call)(*batch)}
     got["vmap"] = jax.jit(
         jax.vmap(lambda eps: with_eps(attack, eps)(key, NET, *batch[:2], ids=batch[2]).success)
-    )(jnp.float32([0.01, 0.5 * RADII[entry.threats[0].norm][0]]))[1]
+    )(jnp.float32([0.01, model.eps]))[1]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.P("data")
     put = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, rows))

@@ -13,8 +13,10 @@ from jrobust.attacks import (
     APGD,
     FAB,
     FMN,
+    MSD,
     PGD,
     AutoAttack,
+    Spatial,
     Square,
     eot,
     multi_targeted,
@@ -237,5 +239,8 @@ def test_bad_input(net):
     for levels in (1, 2.0, True):
         with pytest.raises(ValueError, match="number of levels"):
             quantized(PGD(Linf(0.1)), levels)
+    for attack in (MSD((Linf(0.1), L2(0.3))), Spatial()):
+        with pytest.raises(TypeError, match="inside one norm ball"):
+            jrobust.run(quantized(attack), jax.random.key(0), net, x, y)
     with pytest.raises(TypeError, match="takes one or more attacks"):
         quantized(Linf(0.1))

@@ -3,6 +3,7 @@
 from jrobust.attacks._alma import ALMA
 from jrobust.attacks._apgd import APGD
 from jrobust.attacks._autoattack import AutoAttack
+from jrobust.attacks._bandits import Bandits
 from jrobust.attacks._base import Attack, AttackResult, GradientAttack, Record, State
 from jrobust.attacks._compose import (
     EoT,
@@ -23,11 +24,18 @@ from jrobust.attacks._deepfool import DeepFool
 from jrobust.attacks._ead import EAD
 from jrobust.attacks._fab import FAB
 from jrobust.attacks._fmn import FMN
+from jrobust.attacks._jsma import JSMA
 from jrobust.attacks._minimal import MinimalNorm
+from jrobust.attacks._msd import MSD
+from jrobust.attacks._nes import NES, SPSA
 from jrobust.attacks._pdgd import PDGD
 from jrobust.attacks._pgd import FGSM, MIFGSM, PGD, RSFGSM
 from jrobust.attacks._quantized import Quantized, quantized
+from jrobust.attacks._simba import SimBA
+from jrobust.attacks._spatial import RotationTranslation, Spatial
 from jrobust.attacks._square import Square
+from jrobust.attacks._universal import SGDUAP, UAP, Universal, UniversalResult
+from jrobust.attacks._zoo import ZOO
 
 __all__ = [
     "ALMA",
@@ -38,13 +46,21 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "JSMA",
     "MIFGSM",
+    "MSD",
+    "NES",
     "PDGD",
     "PGD",
     "RSFGSM",
+    "SGDUAP",
+    "SPSA",
+    "UAP",
+    "ZOO",
     "Attack",
     "AttackResult",
     "AutoAttack",
+    "Bandits",
     "CWLinf",
     "DeepFool",
     "EoT",
@@ -54,10 +70,15 @@ __all__ = [
     "Quantized",
     "Record",
     "Restarts",
+    "RotationTranslation",
     "Sequence",
+    "SimBA",
+    "Spatial",
     "Square",
     "State",
     "Union",
+    "Universal",
+    "UniversalResult",
     "eot",
     "multi_targeted",
     "quantized",

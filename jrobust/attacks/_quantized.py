@@ -14,6 +14,7 @@ from jrobust.attacks._base import Attack, AttackResult, LogitsFn, Record
 from jrobust.attacks._compose import _Composition, _members, _Wrapper
 from jrobust.attacks._minimal import check_grid, grid, levels_of, within
 from jrobust.models import Randomized
+from jrobust.threat import Threat
 
 Array = jax.Array
 
@@ -28,11 +29,20 @@ class Quantized(_Wrapper):
     attack: Attack
     levels: int = static(default=256)
 
+    def threats(self) -> tuple[Threat, ...]:
+        """See :meth:`Attack.threats`; raises ``TypeError`` unless it is one norm ball."""
+        threats = super().threats()
+        if len(threats) != 1 or threats[0].norm not in ("Linf", "L2", "L1", "L0"):
+            raise TypeError(
+                f"quantized rounds points inside one norm ball, not inside {threats}: of several "
+                "norms, make a union of attacks"
+            )
+        return threats
+
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
         """See :meth:`Attack.check`; also refuses a grid that the inputs are not on."""
         super().check(x, y, classes, targets)
-        for threat in self.threats():
-            check_grid("quantized", threat, x, self.levels)
+        check_grid("quantized", self.threats()[0], x, self.levels)
 
     def inner(self, state: Any) -> Any:
         """The state itself."""
