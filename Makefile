@@ -27,9 +27,10 @@ lint: .venv/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Everything that a change can break.
+# Everything that a change can break. Most of its time goes into compiling small programs: LLVM
+# works less hard on them here than in the longer suites below, which compile as users do.
 test: lint
-	$(PY) $(PYTEST)
+	XLA_FLAGS="--xla_backend_optimization_level=1 $$XLA_FLAGS" $(PY) $(PYTEST)
 
 # And the long statistics; what needs the peers' environment stays with `make peers`.
 test-full: lint

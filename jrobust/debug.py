@@ -99,9 +99,7 @@ class Step:
 
 
 def _evaluate(attack: GradientAttack, logits_fn: Any, state: State, gradient: bool) -> Evaluation:
-    loss, logits, slope, _, _ = attack._evaluate(
-        logits_fn, state.record, state.x, state.t, gradient=gradient, sure=True
-    )
+    loss, logits, slope, _, _ = attack._look(logits_fn, state, gradient=gradient, sure=True)
     return Evaluation(logits, loss, slope)
 
 

@@ -11,6 +11,7 @@ from jrobust.attacks import (
     APGD,
     CW,
     DDN,
+    DIFGSM,
     EAD,
     FAB,
     FGSM,
@@ -19,16 +20,24 @@ from jrobust.attacks import (
     MIFGSM,
     MSD,
     NES,
+    NIFGSM,
     PDGD,
     PGD,
     RSFGSM,
+    SINIFGSM,
     SPSA,
+    TIFGSM,
+    VMIFGSM,
+    VNIFGSM,
     ZOO,
     Attack,
     AutoAttack,
     Bandits,
+    Boundary,
     CWLinf,
     DeepFool,
+    HopSkipJump,
+    RayS,
     SimBA,
     Square,
     multi_targeted,
@@ -131,6 +140,36 @@ ATTACKS = [
         threats=(L2,),
         own=False,
     ),
+    Entry("NIFGSM", lambda t: NIFGSM(t, steps=3, keep="success"), random=False, own=False),
+    Entry(
+        "SINIFGSM",
+        lambda t: SINIFGSM(t, copies=2, steps=3, keep="success"),
+        random=False,
+        own=False,
+    ),
+    Entry("DIFGSM", lambda t: DIFGSM(t, steps=3, keep="success"), own=False),
+    Entry("TIFGSM", lambda t: TIFGSM(t, steps=3, keep="success"), random=False, own=False),
+    Entry(
+        "VMIFGSM",
+        lambda t: VMIFGSM(t, neighbours=2, steps=3, keep="success"),
+        threats=(Linf, L2),
+        own=False,
+    ),
+    Entry(
+        "VNIFGSM",
+        lambda t: VNIFGSM(t, neighbours=2, steps=3, keep="success"),
+        ("TransferPGD",),
+        threats=(Linf, L2),
+        own=False,
+    ),
+    Entry("RayS", lambda t: RayS(t, queries=60), threats=(Linf,), random=False, own=False),
+    Entry(
+        "HopSkipJump",
+        lambda t: HopSkipJump(t, queries=120, initial_probes=20),
+        threats=(L2, Linf),
+        own=False,
+    ),
+    Entry("Boundary", lambda t: Boundary(t, queries=120), threats=(L2,), own=False),
     Entry("restarts", lambda t: restarts(PGD(t, steps=2), 2), ("Restarts",)),
     Entry(
         "multi_targeted",
@@ -171,6 +210,8 @@ PROTOCOL |= {"EoT", "eot", "Quantized", "quantized"}
 # And what moves images (tests/test_spatial.py), or all examples by one perturbation
 # (tests/test_universal.py).
 PROTOCOL |= {"RotationTranslation", "Spatial", "SGDUAP", "UAP", "Universal", "UniversalResult"}
+# And the parts of TransferPGD (tests/test_transfer_attacks.py).
+PROTOCOL |= {"DiverseInput", "ScaledCopies", "Transform", "gaussian_kernel"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,5 +266,8 @@ OTHERS = {
         "ABSTAIN", "Certificate", "Noise", "Plan", "Stages", "ceiling", "certify", "certify_staged",
         "count_disagreements", "count_votes", "plan", "predict", "samples_for", "stages",
     },
-    "zeroth_order": {"Estimator", "surrogate", "value_and_grad"},
+    "zeroth_order": {
+        "DifferenceWarning", "Estimator", "OneHot", "difference", "differencer", "surrogate",
+        "value_and_grad",
+    },
 }  # fmt: skip

@@ -450,6 +450,14 @@ class GradientAttack(Attack):
         grad, (loss, logits) = jax.grad(total, has_aux=True)(x)
         return loss, logits, grad, samples + votes, samples
 
+    def _look(
+        self, logits_fn: LogitsFn, state: State, *, gradient: bool, sure: bool
+    ) -> tuple[Array, Array, Array | None, Array | int, int]:
+        """Loss and gradient for the move, between them the point's logits; passes spent."""
+        return self._evaluate(
+            logits_fn, state.record, state.x, state.t, gradient=gradient, sure=sure
+        )
+
     def _advance(
         self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None, *, gradient: bool
     ) -> State:
@@ -457,8 +465,8 @@ class GradientAttack(Attack):
         # The last point is judged when it is reached; the way there rests on no verdict, and may
         # use the hardware's fast precision.
         sure = judge is None and not (gradient and self.keep == "last")
-        loss, logits, grad, forwards, backwards = self._evaluate(
-            logits_fn, record, state.x, state.t, gradient=gradient, sure=sure
+        loss, logits, grad, forwards, backwards = self._look(
+            logits_fn, state, gradient=gradient, sure=sure
         )
         loss = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), loss, jnp.nan)
         admitted = self.admits(state)

@@ -211,14 +211,6 @@ class MinimalNorm(GradientAttack):
         """What is minimised, (B,)."""
         return distance(record, x)
 
-    def _look(
-        self, logits_fn: LogitsFn, state: State, *, gradient: bool, sure: bool
-    ) -> tuple[Array, Array, Array | None, Array | int, int]:
-        """Loss and gradient for the move, between them the point's logits; passes spent."""
-        return self._evaluate(
-            logits_fn, state.record, state.x, state.t, gradient=gradient, sure=sure
-        )
-
     def _judge(
         self, logits_fn: LogitsFn, judge: LogitsFn | None, record: Record, x: Array, logits: Array
     ) -> tuple[Array, Array, Array, Array | int]:

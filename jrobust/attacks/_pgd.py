@@ -1,7 +1,8 @@
-"""Projected gradient descent and its one-step and momentum forms."""
+"""Projected gradient descent, with any optimiser, and its one-step and momentum forms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks._base import GradientAttack, Record, State
+from jrobust.attacks._minimal import finite
 from jrobust.threat import Threat
 
 Array = jax.Array
@@ -36,13 +38,20 @@ class PGD(GradientAttack):
         random_start: whether to start from ``threat.sample`` or from the input itself.
         gaussian_start: with a random start, the standard deviation of a Gaussian around the input
             to start from instead (TRADES, Zhang et al. 2019, algorithm 1: 0.001).
-        momentum: decay of the running sum of L1-normalised gradients (Dong et al. 2018, eq. 6);
-            None for plain gradients.
+        momentum: decay of the running sum of gradients, each over its L1 norm, example by example
+            (Dong et al. 2018, eq. 6); None for plain gradients.
         loss: what to ascend, ``loss(logits, y)``; with ``targets=`` it is descended towards the
             target, unless it is a targeted loss ``loss(logits, y, target)``.
         keep: which point to return. ``"success"``: the first success, which ends the example, else
             the highest loss; ``"loss"``: the highest loss after all steps; ``"last"``: the last.
         estimator: gradient estimator of ``jrobust.zeroth_order`` in place of autodiff.
+        optimizer: a function from a learning rate to an optax optimiser, such as ``optax.adam``, in
+            place of steepest ascent: ``x_{t+1} = project(x_t + update)``. Its learning rate is the
+            step size, in the units of x. It sees the raw gradient, neither sign nor normalised, of
+            what is descended, entries that are not finite as zeros; every example has an optimiser
+            of its own. A schedule counts the moves: ``def decaying(size): return
+            optax.adam(optax.cosine_decay_schedule(size, 20))``. Equal functions share a compiled
+            program, so make your own once, as here, and not anew for each attack.
     """
 
     threat: Threat
@@ -55,18 +64,28 @@ class PGD(GradientAttack):
     loss: losses.Loss = static(default=losses.cross_entropy)
     keep: str = static(default="success")
     estimator: Any = None
+    optimizer: Callable[[Any], Any] | None = static(default=None)
 
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
         """See :meth:`Attack.check`; also refuses step sizes and momenta that are not positive."""
         super().check(x, y, classes, targets)
+        name = type(self).__name__
         if self.step_size is not None and self.rel_step_size is not None:
-            raise ValueError("PGD takes step_size or rel_step_size, not both")
+            raise ValueError(f"{name} takes step_size or rel_step_size, not both")
         if self.gaussian_start is not None and not self.random_start:
-            raise ValueError("PGD.gaussian_start goes with random_start=True")
-        for name in ("step_size", "rel_step_size", "gaussian_start", "momentum"):
-            value = getattr(self, name)
+            raise ValueError(f"{name}.gaussian_start goes with random_start=True")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise TypeError(
+                f"{name}.optimizer must be a function from a learning rate to an optax optimiser, "
+                f"got {type(self.optimizer).__name__}: pass optimizer=optax.adam, step_size=0.01 "
+                "in place of optimizer=optax.adam(0.01)"
+            )
+        if self.optimizer is not None and self.momentum is not None:
+            raise ValueError(f"{name} takes momentum or optimizer, not both")
+        for field in ("step_size", "rel_step_size", "gaussian_start", "momentum"):
+            value = getattr(self, field)
             if value is not None and not bool(jnp.all(jnp.asarray(value) > 0)):
-                raise ValueError(f"PGD.{name} must be positive or None, got {value}")
+                raise ValueError(f"{name}.{field} must be positive or None, got {value}")
 
     def _start_point(self, record: Record) -> Array:
         x0, threat = record.x0, record.threat
@@ -78,23 +97,42 @@ class PGD(GradientAttack):
         noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))(keys)
         return threat.project(x0 + self.gaussian_start * noise, x0)
 
+    @property
+    def _relative(self) -> Any:
+        """The step in multiples of ``eps``, where its length is not given."""
+        return self.rel_step_size
+
     def start(self, record: Record) -> tuple[Array, Any]:
-        """A random or the clean point; carries the step size and the momentum, if any."""
+        """A random or the clean point; carries the step size and the momentum or the optimiser."""
         x, x0, threat = self._start_point(record), record.x0, record.threat
-        size = threat.step_size(x0, self.steps, self.rel_step_size)
+        size = threat.step_size(x0, self.steps, self._relative)
         if self.step_size is not None:
             size = 0.0 * size + self.step_size
-        return x, (size, None if self.momentum is None else jnp.zeros_like(x))
+        if self.optimizer is None:
+            return x, (size, None if self.momentum is None else jnp.zeros_like(x))
+
+        def opened(x: Array, size: Array, done: Array) -> Any:
+            fresh = self.optimizer(size).init(x)  # type: ignore[misc]
+            # From the lane's own flag, so that under shard_map counters vary over devices too.
+            return jax.tree.map(lambda leaf: jnp.where(done, leaf, leaf), fresh)
+
+        return x, (size, jax.vmap(opened)(x, size, record.done))
 
     def move(self, state: State, loss: Array, gradient: Array) -> tuple[Array, Any]:
-        """One projected step of steepest ascent."""
-        threat, (size, velocity) = state.record.threat, state.inner
-        if velocity is not None:
-            finite = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-            scale = jnp.sum(jnp.abs(finite), tuple(range(1, finite.ndim)), keepdims=True)
-            velocity = self.momentum * velocity + finite / jnp.where(scale > 0, scale, 1.0)
-            gradient = velocity
-        return threat.ascend(state.x, state.record.x0, gradient, size), (size, velocity)
+        """One projected step, of steepest ascent or of the optimiser."""
+        record, (size, carried) = state.record, state.inner
+        if self.optimizer is not None:
+
+            def update(size: Array, slope: Array, carried: Any, x: Array) -> tuple[Array, Any]:
+                return self.optimizer(size).update(slope, carried, x)  # type: ignore[misc]
+
+            step, carried = jax.vmap(update)(size, -finite(gradient), carried, state.x)
+            return record.threat.project(state.x + finite(step), record.x0), (size, carried)
+        if carried is not None:
+            slope = finite(gradient)
+            scale = jnp.sum(jnp.abs(slope), tuple(range(1, slope.ndim)), keepdims=True)
+            gradient = carried = self.momentum * carried + slope / jnp.where(scale > 0, scale, 1.0)
+        return record.threat.ascend(state.x, record.x0, gradient, size), (size, carried)
 
 
 def FGSM(threat: Threat, *, loss: losses.Loss = losses.cross_entropy, keep: str = "success") -> PGD:
