@@ -62,6 +62,7 @@ bench: .venv/.installed .venv-peer/.installed
 	$(PY) benchmarks/loader.py --small
 	$(PY) benchmarks/autoattack.py --small
 	$(PY) benchmarks/attacks.py --small
+	$(PY) benchmarks/difference.py --small
 
 clean:
 	rm -rf .venv .venv-newest .venv-peer .cache runs benchmarks/out

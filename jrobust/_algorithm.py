@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
+
+# Reports show the numbers of an array up to this many, of a larger one a digest.
+_SHOWN = 64
 
 T = TypeVar("T")
 
@@ -60,5 +65,9 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if hasattr(value, "tolist"):
-        return value.tolist()
+        array = np.asarray(value)
+        if array.size <= _SHOWN:
+            return array.tolist()
+        digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
     return getattr(value, "__qualname__", None) or getattr(value, "__name__", repr(value))

@@ -20,6 +20,7 @@ import attacks as pairs  # noqa: E402
 import autoattack  # noqa: E402
 import catalogue  # noqa: E402
 import compile as compile_times  # noqa: E402
+import difference  # noqa: E402
 import pgd  # noqa: E402
 
 from jrobust import models  # noqa: E402
@@ -462,3 +463,10 @@ def test_a_peer_that_is_stronger_stops_the_report(digits, tmp_path):
     assert run.same("FMN", peer, tmp_path)[0][1]["passed"]
     assert run.theirs(peer, 2) == 2.0
     assert peer.asked[-1]["batch"] == 2
+
+
+@pytest.mark.full
+def test_differences_are_those_of_the_loss():
+    checks = difference.Case(difference.Settings(depth=8, batch=4, tile=2)).checks()
+    assert len(checks) == 4
+    _common.require(checks)

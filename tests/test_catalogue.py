@@ -11,8 +11,9 @@ import pytest
 
 import jrobust
 from jrobust import attacks, keys
+from jrobust._algorithm import describe
 from jrobust.attacks import with_eps
-from jrobust.threat import L0, Linf
+from jrobust.threat import L0, L2, Linf
 
 BATCH = 16
 # Two radii of each norm, and the norm of a perturbation (B, 2, 3) in float64.
@@ -235,3 +236,13 @@ def test_the_table_is_complete():
     assert covered | catalogue.PROTOCOL == set(attacks.__all__)
     assert not covered & catalogue.PROTOCOL
     assert all(hasattr(attacks, name) for name in attacks.__all__)
+
+
+def test_a_description_holds_no_large_arrays():
+    """Those of an attack's starts would fill every report; a digest tells them apart."""
+    starts = np.zeros((20, 2, 3), np.float32), np.arange(20) % 4
+    found = describe(attacks.HopSkipJump(L2(1.0), starts=starts))["starts"]
+    assert found[0]["shape"] == [20, 2, 3]
+    assert found[1] == starts[1].tolist()
+    other = describe(attacks.HopSkipJump(L2(1.0), starts=(starts[0] + 1, starts[1])))["starts"]
+    assert found[0]["sha256"] != other[0]["sha256"]
