@@ -124,7 +124,9 @@ def differencer(
         outs = [cast(y, v.aval.dtype) for y, v in zip(map(jnp.asarray, outs), jaxpr.outvars)]
     out = jax.tree.structure(shape)
     program = _Program(jaxpr, notes, tree, out, strict)
-    delta = jax.tree_util.Partial(program, tape.values)
+    # Rules subtract what they kept of x from what they kept of max(x). Where both phases are in one
+    # program, XLA may compute one of them again, rounded otherwise, unless it must not look inside.
+    delta = jax.tree_util.Partial(program, jax.lax.optimization_barrier(tape.values))
     y = jax.tree.unflatten(out, outs[:count])
     if has_aux:
         return y, delta, jax.tree.unflatten(jax.tree.structure(aux), outs[count:])
