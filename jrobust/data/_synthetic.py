@@ -233,9 +233,11 @@ def synthetic(
     Training images show training digits only, those for validation and test (clutter too) the
     digits of those splits: 1,197, 200 and 400 hands' work. Textures are common to all.
 
-    Difficulty, measured: ``models.ResNet(20)`` after 4 epochs of 20,000 training images (AdamW, no
-    augmentation) has 84% of 2,000 test images right (87% of validation, 90% of training) and none
-    of 250 under PGD-20 at Linf 8/255. All 60,000 images take 16 s of CPU (an EPYC core) and 740 MB.
+    Difficulty, measured: ``models.ResNet(20)`` after 6 epochs of 45,000 training images has 91.6%
+    of 2,000 test images right (90.5% of validation, 94.3% of augmented training images) and none
+    under PGD-20 at Linf 8/255: ``examples/train_cifar.py --data synthetic --model resnet20
+    --objective standard --epochs 6 --test 2000 --attack-steps 20 --certify 0``, some 16 minutes on
+    two CPU cores. All 60,000 images take 16 s of CPU (an EPYC core) and 740 MB.
 
     Args:
         train: ids of training and validation together, 0 .. train - 1.
