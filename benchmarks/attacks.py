@@ -263,7 +263,7 @@ def main() -> None:
     )
     for name, kind in (("eps", float), ("examples", int), ("share", float), ("rounds", int)):
         parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--devices", type=int, help="of the CPU; default one for every core")
+    parser.add_argument("--devices", type=int, help="of the CPU; default one, of all cores")
     parser.add_argument(
         "--force", action="store_true", help="report on a busy machine too, marked as loaded"
     )

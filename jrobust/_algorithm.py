@@ -68,6 +68,6 @@ def describe(value: Any) -> Any:
         array = np.asarray(value)
         if array.size <= _SHOWN:
             return array.tolist()
-        digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
     return getattr(value, "__qualname__", None) or getattr(value, "__name__", repr(value))

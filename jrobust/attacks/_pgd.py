@@ -49,7 +49,8 @@ class PGD(GradientAttack):
             place of steepest ascent: ``x_{t+1} = project(x_t + update)``. Its learning rate is the
             step size, in the units of x. It sees the raw gradient, neither sign nor normalised, of
             what is descended, entries that are not finite as zeros; every example has an optimiser
-            of its own. A schedule counts the moves: ``def decaying(size): return
+            of its own. Line searches, which ask for the value too, are not supported. A schedule
+            counts the moves: ``def decaying(size): return
             optax.adam(optax.cosine_decay_schedule(size, 20))``. Equal functions share a compiled
             program, so make your own once, as here, and not anew for each attack.
     """

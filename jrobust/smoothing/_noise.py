@@ -9,6 +9,7 @@ x, and every single one of them at most ``runner``, then A is the most probable 
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any, ClassVar, Protocol
 
@@ -107,19 +108,20 @@ def round_down(scale: Any, z: np.ndarray, rounding: float = _ROUNDING) -> np.nda
     return np.where(np.isinf(z), z, low)[()]
 
 
-class Additive:
+class Additive(abc.ABC):
     """A noise that is added to the input; see this module's text for its radius."""
 
+    @abc.abstractmethod
     def _scale(self) -> Any:
-        raise NotImplementedError
+        """What ``_z`` is multiplied by, in the units of x."""
 
+    @abc.abstractmethod
     def _z(self, q: np.ndarray) -> np.ndarray:
         """z in units of the scale: decreasing, odd around 1/2, accurate to ``_ROUNDING``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         """One draw: float32 of ``shape``, the shape of one input."""
-        raise NotImplementedError
 
     def perturb(self, key: Array, x: Array) -> Array:
         """``x`` plus one draw; ``ValueError`` for a draw that is not float32."""
@@ -193,9 +195,9 @@ class _Scaled(Additive):
     def _scale(self) -> Any:
         return self.scale
 
+    @abc.abstractmethod
     def _unit(self, key: Array, shape: tuple[int, ...]) -> Array:
         """One draw at scale 1."""
-        raise NotImplementedError
 
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         """One draw: float32 of ``shape``; ``ValueError`` for any ``dtype`` but float32."""
