@@ -49,12 +49,12 @@ class DisagreementError(RuntimeError):
 class Watch:
     """The share of all CPUs that went to others since the watch was made: 0 to 1.
 
-    Others are all processes but this one, its children that have ended and ``ours``, and the
-    hypervisor's other guests (steal).
+    Others are all processes but this one and its descendants, among which are the peer and the
+    peer's own workers, and the hypervisor's other guests (steal).
     """
 
-    def __init__(self, ours: Iterable[int] = ()) -> None:
-        self.processes = [psutil.Process(pid) for pid in (os.getpid(), *ours)]
+    def __init__(self) -> None:
+        self.process = psutil.Process()
         self.cores = psutil.cpu_count() or 1
         self.start = self._now()
 
@@ -63,8 +63,7 @@ class Watch:
         busy = sum(all_of_it) - all_of_it.idle - getattr(all_of_it, "iowait", 0.0)
         # Guest time is in user time already.
         busy -= getattr(all_of_it, "guest", 0.0) + getattr(all_of_it, "guest_nice", 0.0)
-        times = [process.cpu_times() for process in self.processes]
-        own = sum(t.user + t.system + t.children_user + t.children_system for t in times)
+        own = sum(map(_spent, [self.process, *self.process.children(recursive=True)]))
         return time.monotonic(), busy, own
 
     def others(self) -> float:
@@ -72,6 +71,14 @@ class Watch:
         seconds, busy, own = (now - then for now, then in zip(self._now(), self.start))
         # Both clocks tick in hundredths: short spans are noise, and may come out negative.
         return max(0.0, busy - own) / (seconds * self.cores) if seconds else 0.0
+
+
+def _spent(process: psutil.Process) -> float:
+    """CPU seconds of a process and of those of its children that have ended."""
+    try:
+        return sum(process.cpu_times()[:4])
+    except psutil.NoSuchProcess:  # ended since it was listed: its parent tells the next time
+        return 0.0
 
 
 @dataclasses.dataclass
@@ -116,28 +123,27 @@ def take_turns(
     load: Load,
     *,
     force: bool = False,
-    ours: Iterable[int] = (),
 ) -> dict[str, list[T]]:
     """What each turn measured in each of ``rounds`` undisturbed rounds.
 
     The order rotates from round to round, so that none always follows the same other. Disturbed
-    rounds are repeated, at most twice as many as were asked for.
+    rounds are repeated, at most twice as many as were asked for, or ten.
 
     Raises:
         LoadedError: if too many rounds were disturbed, unless ``force``, which keeps them all.
     """
-    names, ours = list(turns), list(ours)
+    names = list(turns)
     results: dict[str, list[T]] = {name: [] for name in names}
     taken = done = 0
     while done < rounds:
-        if taken - done > 2 * rounds:
+        if taken - done > max(2 * rounds, 10):
             raise LoadedError(
                 f"other processes disturbed {taken - done} rounds: wait, or pass --force, which "
                 "marks the report as loaded"
             )
         shift = taken % len(names)
         taken += 1
-        watch = Watch(ours)
+        watch = Watch()
         measured = {name: turns[name]() for name in names[shift:] + names[:shift]}
         others = watch.others()
         if others > load.limit and not force:
@@ -211,11 +217,6 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         self.process.communicate()  # closes its input, at which it ends
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for the answer.
@@ -321,7 +322,6 @@ def measure_limits(
     load: Load,
     *,
     force: bool = False,
-    ours: Iterable[int] = (),
     rounds: int = 5,
     side: int | None = None,
     sizes: Iterable[int] | None = None,
@@ -333,7 +333,7 @@ def measure_limits(
     the largest counts as the bandwidth of the memory.
 
     Args:
-        load, force, ours: of :func:`take_turns`.
+        load, force: of :func:`take_turns`.
         rounds: undisturbed rounds.
         side: of the square matrices; by default 2048 on CPU, 8192 elsewhere.
         sizes: bytes of each array; by default 16, 64 and 256 MiB on CPU, four times that elsewhere.
@@ -346,7 +346,7 @@ def measure_limits(
     product = jax.jit(jnp.dot)
     turns = {"product": turn(lambda: product(a, a), 1, seconds=seconds)}
     turns |= {str(size): turn(_triad(size), 1, seconds=seconds) for size in sizes}
-    times = take_turns(turns, rounds, load, force=force, ours=ours)
+    times = take_turns(turns, rounds, load, force=force)
     triads = {size: 3 * size / statistics.median(times[str(size)]) for size in sizes}
     return Limits(2 * side**3 / min(times["product"]), triads[sizes[-1]], triads)
 

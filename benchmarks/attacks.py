@@ -195,7 +195,7 @@ def measure(
                 variables=sorted(_common.flatten(case.variables)),
                 threads=os.cpu_count(),
             )
-            limits = _common.measure_limits(load, force=force, ours=[peer.pid])
+            limits = _common.measure_limits(load, force=force)
             forward = _common.operations(case.model, jnp.asarray(case.x[:1]))
             flops = sum(operation.flops for operation in forward)
             seconds, memory = _common.roofline(forward, limits)
@@ -211,7 +211,7 @@ def measure(
                     JROBUST: _common.turn(run.ours, total),
                     run.pair.library: lambda run=run, best=best: run.theirs(peer, best) / total,
                 }
-                times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
+                times = _common.take_turns(turns, s.rounds, load, force=force)
                 limit = _common.Roofline(seconds * passes, memory)
                 rows += [
                     _common.row(

@@ -175,7 +175,7 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
             _common.require(checks)
             first = ("--devices", str(jax.device_count()), "--first-call", name)
             cold, warm = _common.cold_and_warm(HERE / "autoattack.py", *first)
-            limits = _common.measure_limits(load, force=force, ours=[peer.pid])
+            limits = _common.measure_limits(load, force=force)
 
             def ours() -> float:
                 seconds = case.run().seconds
@@ -187,7 +187,7 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
             best = min({total, -(-total // 2), -(-total // 4)}, key=theirs)
 
             turns = {JROBUST: ours, PEER: lambda: theirs(best)}
-            times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
+            times = _common.take_turns(turns, s.rounds, load, force=force)
     forward = _common.operations(case.model, jnp.asarray(case.x[:1]))
     passes = int(report.examples["forwards"].sum() + report.examples["backwards"].sum())
     flops = sum(operation.flops for operation in forward) * passes / total

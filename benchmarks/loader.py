@@ -163,14 +163,14 @@ def measure(
             opened = peer.ask("open", folder=name, batch=s.batch, threads=os.cpu_count())
             checks = [c for k in KINDS for c in same_answer(held[k], peer, k, s, folder)]
             _common.require(checks)
-            limits = _common.measure_limits(load, force=force, ours=[peer.pid])
+            limits = _common.measure_limits(load, force=force)
             turns: dict[str, _common.Turn] = {}
             workers = {}
             for kind, title in KINDS.items():
                 turns[f"{title}, jrobust"] = turn(held[kind], s)
                 turns[f"{title}, PyTorch"], workers[kind] = peer_turn(peer, kind, s)
             turns |= step_turns(held["folder"], s)
-            times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
+            times = _common.take_turns(turns, s.rounds, load, force=force)
     rows = [
         _common.row(
             title,

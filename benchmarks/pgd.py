@@ -302,12 +302,12 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
                 )
                 for program in case.programs
             }
-            limits = _common.measure_limits(load, force=force, ours=[peer.pid])
+            limits = _common.measure_limits(load, force=force)
             turns = {
                 name: _common.turn(program, s.batch) for name, program in case.programs.items()
             }
             turns[PEER], best = peer_turn(peer, s)
-            times = _common.take_turns(turns, s.rounds, load, force=force, ours=[peer.pid])
+            times = _common.take_turns(turns, s.rounds, load, force=force)
     work = case.work()
     flops = sum(operation.flops for operation in work) / s.batch
     seconds, memory = _common.roofline(work, limits)

@@ -10,6 +10,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -197,6 +198,21 @@ def test_the_time_of_ended_children_is_our_own():
     code = "import time\nbegin = time.process_time()\nwhile time.process_time() < begin + 0.2: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert watch._now()[2] - before > 0.15
+
+
+def test_the_time_of_a_living_workers_worker_is_our_own():
+    worker = (
+        "import time\nbegin = time.process_time()\nwhile time.process_time() < begin + 0.2: pass"
+    )
+    worker += "\nprint(flush=True)\ntime.sleep(600)"
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {worker!r}])"
+    watch = _common.Watch()
+    before = watch._now()[2]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert watch._now()[2] - before > 0.15
+        for child in psutil.Process(process.pid).children():
+            child.kill()
 
 
 def test_steady_disturbance_ends_in_refusal_or_a_mark(busy):

@@ -10,7 +10,7 @@ import pytest
 import jrobust
 from jrobust import drive, keys, losses
 from jrobust.attacks import restarts
-from jrobust.attacks._square import Square, _bump, _inside, _propose, _start, _window, side
+from jrobust.attacks._square import Square, _another, _bump, _inside, _start, _window, side
 from jrobust.threat import L0, L1, L2, Linf
 
 KINDS = [Linf, L2, L1]
@@ -128,7 +128,7 @@ def test_a_proposal_moves_the_mass_of_two_windows(order, key):
     best = np.asarray(kind(0.9 * eps, 0.0, 100.0).project(best, x0))
     lanes = keys.examples(key, jnp.asarray(IDS))
     threat = kind(eps, 0.0, 100.0)  # a box that is far away
-    got = _propose(Square(threat), lanes, jnp.asarray(t), best, x0, threat.batched(x0))
+    got = _another(Square(threat), lanes, jnp.asarray(t), best, x0, threat.batched(x0))
     u = drawn(keys.fold(lanes, t + 1), channels + 5)
     size = np.linalg.norm if order == 2 else lambda v: np.abs(v).sum()
     for i in range(BATCH):
@@ -161,7 +161,7 @@ def test_a_proposal_moves_the_mass_of_two_windows(order, key):
     eps = 0.3
     best = np.asarray(Linf(eps, 0.0, 100.0).project(best, x0))
     threat = Linf(eps, 0.0, 100.0)
-    got = np.asarray(_propose(Square(threat), lanes, jnp.asarray(t), best, x0, threat.batched(x0)))
+    got = np.asarray(_another(Square(threat), lanes, jnp.asarray(t), best, x0, threat.batched(x0)))
     u = drawn(keys.fold(lanes, t + 1), channels + 2)
     for i in range(BATCH):
         length = published_side(0.8, t[i], *SHAPE[:2], linf=True)

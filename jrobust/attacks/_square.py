@@ -11,7 +11,8 @@ import numpy as np
 from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
-from jrobust.attacks._base import GradientAttack, LogitsFn, Record, State, where
+from jrobust.attacks._base import Record, State, where
+from jrobust.attacks._query import QueryAttack
 from jrobust.threat import Threat, expand
 
 Array = jax.Array
@@ -27,7 +28,7 @@ class _Search(NamedTuple):
 
 
 @algorithm
-class Square(GradientAttack):
+class Square(QueryAttack):
     """Square attack (Andriushchenko et al. 2020; in L1 Croce & Hein 2021): scores, no gradients.
 
     Random search for the highest loss: each query changes the best point in a square window and is
@@ -61,27 +62,15 @@ class Square(GradientAttack):
     loss: losses.Loss = static(default=losses.margin)
     compat: bool = static(default=False)
 
+    NORMS = tuple(_ORDER)
+
     @property
     def steps(self) -> int:  # type: ignore[override]
         """The queries."""
         return self.queries + self.compat
 
-    @property
-    def moves(self) -> int:
-        """From the first query to the last."""
-        return self.steps - 1
-
-    def threats(self) -> tuple[Threat, ...]:
-        """The one threat model; raises ``TypeError`` if it is none, or counts locations."""
-        (threat,) = super().threats()
-        if threat.norm not in _ORDER:
-            raise TypeError(f"Square is defined in {', '.join(_ORDER)}, got {threat!r}")
-        return (threat,)
-
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
-        """See :meth:`Attack.check`; also refuses what is no image and shares that are none."""
-        if not isinstance(self.queries, int) or self.queries < 1:
-            raise ValueError(f"Square.queries must be a positive int, got {self.queries!r}")
+        """See :meth:`QueryAttack.check`; also refuses what is no image and shares that are none."""
         super().check(x, y, classes, targets)
         _image(x.shape)
         if not bool(np.all((np.asarray(self.p) > 0) & (np.asarray(self.p) <= 1))):
@@ -92,20 +81,11 @@ class Square(GradientAttack):
         x = _start(record.key, record.x0, record.threat)
         return x, _Search(x, jnp.full_like(record.loss, -jnp.inf))
 
-    def _evaluate(
-        self, logits_fn: LogitsFn, record: Record, x: Array, t: Array, *, gradient: bool, sure: bool
-    ) -> tuple[Array, Array, Any, Any, Any]:
-        """As the parent's, without gradient."""
-        loss, logits, _, forwards, _ = super()._evaluate(
-            logits_fn, record, x, t, gradient=False, sure=sure
-        )
-        return loss, logits, () if gradient else None, forwards, 0
-
-    def move(self, state: State, loss: Array, gradient: Array) -> tuple[Array, Any]:
+    def propose(self, state: State, loss: Array) -> tuple[Array, Any]:
         """Keep the point if it is better, and change a window of the best."""
         record, old = state.record, state.inner
         best, loss = where(loss > old.loss, _Search(state.x, loss), old)
-        return _propose(self, record.key, state.t, best, record.x0, record.threat), _Search(
+        return _another(self, record.key, state.t, best, record.x0, record.threat), _Search(
             best, loss
         )
 
@@ -235,9 +215,7 @@ def _start(keys: Array, x0: Array, threat: Threat) -> Array:
     return threat.project(x0 + move, x0)
 
 
-# Compiled on its own, because a black box is stepped from Python.
-@jax.jit
-def _propose(
+def _another(
     attack: Square, keys: Array, t: Array, best: Array, x0: Array, threat: Threat
 ) -> Array:
     """The best point (B, ...) with another window, for the query after ``t + 1`` of them."""
