@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Host:
         return jnp.asarray(logits)
 
 
-def is_host(fn: Any) -> bool:
+def is_host(fn: Any) -> TypeGuard[Host]:
     """Whether ``fn`` has to be called from Python."""
     return isinstance(fn, Host)
 

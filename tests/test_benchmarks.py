@@ -20,6 +20,7 @@ import _common  # noqa: E402
 import attacks as pairs  # noqa: E402
 import autoattack  # noqa: E402
 import catalogue  # noqa: E402
+import cge  # noqa: E402
 import compile as compile_times  # noqa: E402
 import difference  # noqa: E402
 import pgd  # noqa: E402
@@ -486,3 +487,10 @@ def test_differences_are_those_of_the_loss():
     checks = difference.Case(difference.Settings(depth=8, batch=4, tile=2)).checks()
     assert len(checks) == 4
     _common.require(checks)
+
+
+@pytest.mark.full
+def test_cge_and_vmap_over_weights_estimate_the_same():
+    case = cge.Case(cge.Settings(depth=8, batch=4, coordinates=32, lanes=2))
+    _, apart = cge.vmap_turn(case, case.estimate()[0], case.quotients())
+    assert apart < 0.1

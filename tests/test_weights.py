@@ -46,6 +46,39 @@ def test_random_masks_have_the_counts_of_their_ratios_and_are_uniform(key):
     assert weights.layer_ratios(one) == {"a": 0.5, "b": {"c": pytest.approx(1 / 3)}}
 
 
+def test_indices_are_the_places_of_a_mask(key):
+    mask = {"a": np.array([[False, True, False], [True, False, True]]), "b": {"c": np.eye(3) > 1}}
+    found = weights.indices(mask)
+    np.testing.assert_array_equal(found["a"], [1, 3, 5])
+    assert found["b"]["c"].shape == (0,)
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(found))
+    ratios = {"a": 0.5, "b": {"c": 1 / 3}}
+    counts = {"a": 3, "b": {"c": 1}}
+
+    @jax.jit
+    def inside(key):
+        drawn = weights.random_by_layer(key, TREE, ratios)
+        return drawn, weights.indices(drawn, counts)
+
+    for k in jax.random.split(key, 3):
+        drawn, found = inside(k)
+        jax.tree.map(np.testing.assert_array_equal, found, weights.indices(drawn, counts))
+    flat = jax.jit(lambda m: weights.indices(m, {"a": 4, "b": {"c": 0}}))(mask)
+    np.testing.assert_array_equal(flat["a"], [1, 3, 5, 6])  # the last is outside
+
+
+def test_indices_of_what_is_no_mask():
+    mask = {"a": np.array([True, False])}
+    with pytest.raises(TypeError, match="bool arrays, got float32"):
+        weights.indices(TREE)
+    with pytest.raises(ValueError, match="structure of mask"):
+        weights.indices(mask, {"b": 1})
+    with pytest.raises(ValueError, match="2 of an array in which 1 are True"):
+        weights.indices(mask, {"a": 2})
+    with pytest.raises(TypeError, match="pass counts="):
+        jax.jit(weights.indices)(mask)
+
+
 def test_paths_meet_their_ends_and_have_their_slopes():
     end = jax.tree.map(lambda leaf: leaf**2 - 3, TREE)
     control = jax.tree.map(jnp.cos, TREE)

@@ -32,6 +32,7 @@ GRADIENT = (A + A.T) @ X / 2 + B
 ESTIMATORS = [
     CGE(MU),
     CGE(MU, central=False),
+    CGE(MU, exact=False),
     RGE(MU, 5),
     RGE(MU, 5, direction="sphere", antithetic=True),
 ]
@@ -40,6 +41,7 @@ ESTIMATORS = [
 def name(estimator):
     kind = [type(estimator).__name__]
     kind += [f for f in ("central", "antithetic") if getattr(estimator, f, False)]
+    kind += ["evaluated"] if not getattr(estimator, "exact", True) else []
     return "-".join([*kind, getattr(estimator, "direction", "")]).rstrip("-")
 
 
@@ -215,11 +217,14 @@ def test_no_intermediate_holds_more_than_chunk_points(estimator, chunk, key):
     d, samples = 41, 43
     if isinstance(estimator, RGE):
         estimator = replace(estimator, samples=samples)
+    if isinstance(estimator, CGE):
+        estimator = replace(estimator, exact=False)
     estimator = replace(estimator, chunk=chunk)
     x = jnp.linspace(0.1, 1.0, d)
     jaxpr = jax.make_jaxpr(lambda key, x: estimator(key, lambda x: jnp.sum(jnp.sin(x)), x))(key, x)
     assert largest(jaxpr.jaxpr) <= chunk * d
-    assert largest(jaxpr.jaxpr) > chunk * d // 2 - d  # and the chunk is used
+    # And the chunk is used, up to even chunks and the points of a pair that may be apart.
+    assert largest(jaxpr.jaxpr) > chunk * d // 4 - d
 
 
 @every
@@ -366,7 +371,7 @@ def test_a_non_finite_value_spoils_its_own_coordinate_only():
     np.testing.assert_array_equal(np.delete(grad, 1), np.delete(GRADIENT, 1))
 
 
-@pytest.mark.parametrize("estimator", [ESTIMATORS[1], ESTIMATORS[3]], ids=name)
+@pytest.mark.parametrize("estimator", [ESTIMATORS[1], ESTIMATORS[4]], ids=name)
 def test_shard_map_gives_each_device_its_estimate(estimator, key):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shifts, x = jnp.arange(8.0), jnp.array(X)
@@ -494,7 +499,7 @@ def test_surrogate_costs_one_query_until_differentiated():
         jax.debug.callback(calls.append, x)
         return quadratic(x)
 
-    g = surrogate(fn, CGE(MU))
+    g = surrogate(fn, CGE(MU, exact=False))
     g(None, jnp.array(X))
     jax.effects_barrier()
     assert len(calls) == 1
@@ -516,10 +521,14 @@ BAD = {
     "mu negative": (lambda: RGE(-1e-3, 2).check(), ValueError, "mu must be positive"),
     "mu nan": (lambda: CGE(math.nan).check(), ValueError, "mu must be positive and finite"),
     "mu an array": (lambda: CGE(jnp.ones(2)).check(), ValueError, "single number"),
-    "mu lost": (lambda: CGE(1e-8).check(jnp.ones(3)), ValueError, "lost to rounding"),
-    "mu lost at a large x": (lambda: CGE(1e-3)(None, total, jnp.array([1e5])), ValueError, "lost"),
+    "mu lost": (lambda: CGE(1e-8, exact=False).check(jnp.ones(3)), ValueError, "lost to rounding"),
+    "mu lost at a large x": (
+        lambda: CGE(1e-3, exact=False)(None, total, jnp.array([1e5])),
+        ValueError,
+        "lost to rounding",
+    ),
     "mu lost in bfloat16": (
-        lambda: CGE(5e-3).check(jnp.ones(3, jnp.bfloat16)),
+        lambda: CGE(5e-3, exact=False).check(jnp.ones(3, jnp.bfloat16)),
         ValueError,
         "bfloat16 numbers near",
     ),
@@ -615,7 +624,13 @@ def test_errors_come_before_any_evaluation():
     def fn(x):
         raise AssertionError("evaluated")
 
-    for estimator in (CGE(0.0), CGE(1e-9), RGE(1e-2, 0), CGE(1e-2, chunk=1)):
+    for estimator in (
+        CGE(0.0),
+        CGE(1e-25),
+        CGE(1e-9, exact=False),
+        RGE(1e-2, 0),
+        CGE(1e-2, chunk=1),
+    ):
         with pytest.raises(ValueError, match=r"mu|samples|chunk"):
             estimator(jax.random.key(0), fn, jnp.ones(3))
 
@@ -636,7 +651,7 @@ def test_values_unknown_under_jit_are_not_looked_at():
     known = jnp.ones(2)
     np.testing.assert_array_equal(jax.jit(lambda: CGE(0.5)(None, total, known)[1])(), known)
     with pytest.raises(ValueError, match="lost"):
-        jax.jit(lambda: CGE(1e-9)(None, total, known))()
+        jax.jit(lambda: CGE(1e-9, exact=False)(None, total, known))()
 
 
 def test_estimators_are_of_one_kind():

@@ -1,6 +1,6 @@
 """Parameter trees: masks, paths, averages, norm-ball perturbations. Small pure functions."""
 
-from jrobust.weights._masks import layer_ratios, random_by_layer, top_k
+from jrobust.weights._masks import indices, layer_ratios, random_by_layer, top_k
 from jrobust.weights._points import (
     average,
     bezier,
@@ -13,6 +13,7 @@ from jrobust.weights._points import (
 __all__ = [
     "average",
     "bezier",
+    "indices",
     "layer_ratios",
     "linear",
     "project_to_layers",

@@ -78,3 +78,51 @@ def random_by_layer(key: Array, params: Tree, ratios: Tree) -> Tree:
 def layer_ratios(mask: Tree) -> Tree:
     """The share of True in each array of a mask, as Python floats; reads values."""
     return jax.tree.map(lambda leaf: float(np.mean(np.asarray(leaf))), mask)
+
+
+def indices(mask: Tree, counts: Tree | None = None) -> Tree:
+    """A mask as flat indices, the form in which a redrawn mask compiles nothing new.
+
+    The shape of an index array is its count. Passed as an argument to a compiled function, for
+    instance to the ``mask=`` of an estimator of ``jrobust.zeroth_order``, other indices of the same
+    counts are the same program; a bool mask would have to be a constant of it.
+
+    Args:
+        mask: tree of bool arrays.
+        counts: tree of the same structure of Python ints, how many are True in each array: needed
+            inside ``jit`` only, where values are unknown: surplus indices are cut off there,
+            missing ones are the size of the array, which is out of range.
+
+    Returns:
+        The tree with int32 arrays (count,), ascending, in place of the bool ones.
+
+    Raises:
+        TypeError: an array is not of bool, or is traced and has no count.
+        ValueError: trees of different structure; a known array has another count.
+
+    Examples:
+        >>> import numpy as np
+        >>> print(indices({"w": np.array([[True, False], [False, True]])}))
+        {'w': Array([0, 3], dtype=int32)}
+    """
+    leaves, treedef = jax.tree.flatten(mask)
+    sizes = [None] * len(leaves) if counts is None else jax.tree.leaves(counts)
+    structure: Any = treedef if counts is None else jax.tree.structure(counts)
+    if structure != treedef:
+        raise ValueError(f"counts must have the structure of mask, {treedef}, got {structure}")
+
+    def flat(leaf: Any, size: int | None) -> Array:
+        if jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(f"a mask is of bool arrays, got {jnp.result_type(leaf)}")
+        if not isinstance(leaf, jax.core.Tracer):
+            found = np.flatnonzero(np.asarray(leaf))
+            if size is not None and len(found) != size:
+                raise ValueError(f"counts says {size} of an array in which {len(found)} are True")
+            return jnp.asarray(found, jnp.int32)
+        if size is None:
+            raise TypeError(
+                "inside jit the counts of a mask are unknown: pass counts=, or call this outside"
+            )
+        return jnp.flatnonzero(leaf, size=size, fill_value=leaf.size).astype(jnp.int32)
+
+    return jax.tree.unflatten(treedef, map(flat, leaves, sizes))

@@ -1,13 +1,24 @@
 """Gradients from function values alone: estimators that stand where ``jax.value_and_grad`` stands.
 
-An estimator is called ``estimator(key, fn, x) -> (value, grad)``. :class:`CGE` goes coordinate by
-coordinate, :class:`RGE` along random directions, :func:`value_and_grad` gives either the calling
-convention of ``jax.value_and_grad``, and :func:`surrogate` lets ``jax.grad`` pass through a
-function that has no useful derivative. :func:`differencer` computes f(x + dx) - f(x) itself,
-without cancellation.
+An estimator is called ``estimator(key, fn, x, mask=None, has_aux=False) -> (value, grad)``.
+:class:`CGE` goes coordinate by coordinate, :class:`RGE` along random directions,
+:func:`value_and_grad` gives either the calling convention of ``jax.value_and_grad``, and
+:func:`surrogate` lets ``jax.grad`` pass through a function that has no useful derivative.
+:func:`differencer` computes f(x + dx) - f(x) itself, without cancellation. :class:`BlackBox`
+asks a function, a process or a server, counting and keeping every answer.
 """
 
+from jrobust.zeroth_order._activation import ActivationCGE
+from jrobust.zeroth_order._blackbox import (
+    HTTP,
+    BlackBox,
+    BudgetExceeded,
+    Ledger,
+    Service,
+    Subprocess,
+)
 from jrobust.zeroth_order._coordinate import CGE
+from jrobust.zeroth_order._curvature import HiZOO
 from jrobust.zeroth_order._difference import (
     DifferenceWarning,
     OneHot,
@@ -15,17 +26,36 @@ from jrobust.zeroth_order._difference import (
     differencer,
 )
 from jrobust.zeroth_order._estimator import Estimator
-from jrobust.zeroth_order._random import RGE
+from jrobust.zeroth_order._mezo import MeZO, MeZOStep
+from jrobust.zeroth_order._random import RGE, one_point
+from jrobust.zeroth_order._sparsity import grasp, grasp_ratios, redraw
+from jrobust.zeroth_order._svrg import SVRG, Anchor
 from jrobust.zeroth_order._transforms import surrogate, value_and_grad
 
 __all__ = [
     "CGE",
+    "HTTP",
     "RGE",
+    "SVRG",
+    "ActivationCGE",
+    "Anchor",
+    "BlackBox",
+    "BudgetExceeded",
     "DifferenceWarning",
     "Estimator",
+    "HiZOO",
+    "Ledger",
+    "MeZO",
+    "MeZOStep",
     "OneHot",
+    "Service",
+    "Subprocess",
     "difference",
     "differencer",
+    "grasp",
+    "grasp_ratios",
+    "one_point",
+    "redraw",
     "surrogate",
     "value_and_grad",
 ]

@@ -190,6 +190,30 @@ class _Program:
         count = self.out.num_leaves  # the rest is auxiliary
         return jax.tree.unflatten(self.out, map(_filled, outs[:count], self.jaxpr.outvars))
 
+    def widest(self, leaf: int) -> int:
+        """How many numbers the largest array holds that a change of this leaf can move."""
+        return _widest(self.jaxpr, [i == leaf for i in range(len(self.jaxpr.invars))])[0]
+
+
+def _widest(jaxpr: Jaxpr, moving: Sequence[bool]) -> tuple[int, list[bool]]:
+    """The size of the largest array downstream of some arguments, and which results are."""
+    alive = {v for v, it in zip(jaxpr.invars, moving) if it}
+    size = 0
+    for eqn in jaxpr.eqns:
+        came = [not isinstance(v, Literal) and v in alive for v in eqn.invars]
+        if not any(came):
+            continue
+        went = [True] * len(eqn.outvars)
+        if (body := _called(eqn)) is not None:
+            inner, went = _widest(body.jaxpr, came)
+            size = max(size, inner)
+        for body in _bodies(eqn):
+            size = max(size, _widest(body.jaxpr, [True] * len(body.jaxpr.invars))[0])
+        alive.update(v for v, it in zip(eqn.outvars, went) if it)
+        avals: list[Any] = [v.aval for v, it in zip(eqn.outvars, went) if it]
+        size = max([size, *(aval.size for aval in avals)])
+    return size, [not isinstance(v, Literal) and v in alive for v in jaxpr.outvars]
+
 
 def _filled(d: Any, variable: Any) -> Array:
     aval = variable.aval

@@ -554,10 +554,13 @@ def move(eqn: Equation, xs: Sequence[Any], ys: Sequence[Any], ds: Sequence[Any])
     ds = [d.value if isinstance(d, Slab) else d for d in ds]
     xs, ys = [cut(x, at) for x in xs], [cut(y, out) for y in ys]
 
+    some = next(d for d in ds if d is not None)
+
     def zero(i: int) -> Array:
         aval = eqn.invars[i].aval
         shape = [1 if a in at and n == at[a][1] else n for a, n in enumerate(aval.shape)]
-        return jnp.zeros(shape, widen(aval.dtype, jnp.float32))
+        # Like a difference, so that inside shard_map it varies as that does.
+        return jnp.zeros_like(some, widen(aval.dtype, jnp.float32), shape=shape)
 
     moves = _rule(eqn, zero)(_operation(eqn, out), xs, ys[0] if ys else None, ds)
     moves = moves if isinstance(moves, (list, tuple)) else [moves]

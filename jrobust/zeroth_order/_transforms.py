@@ -12,18 +12,20 @@ from jrobust.zeroth_order._estimator import Array, Estimator, PyTree, check_valu
 
 
 def value_and_grad(
-    fn: Callable[..., Array], estimator: Estimator
-) -> Callable[..., tuple[Array, PyTree]]:
+    fn: Callable[..., Any], estimator: Estimator, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, PyTree]]:
     """Stand where ``jax.value_and_grad(fn)`` stands, without its derivative.
 
     Args:
         fn: ``fn(x, *args, **kwargs)`` -> scalar of float32; x a pytree of float arrays.
         estimator: :class:`CGE` or :class:`RGE`.
+        has_aux: ``fn`` returns ``(scalar, aux)``.
 
     Returns:
-        A pure function ``(key, x, *args, **kwargs) -> (value, grad)``: ``fn`` at ``x``, and the
-        estimated gradient with respect to ``x`` alone, of its structure, shapes and dtypes. The key
-        may be None where the estimator has no randomness. It raises what the estimator raises.
+        A pure function ``(key, x, *args, mask=None, **kwargs) -> (value, grad)``: ``fn`` at ``x``,
+        with ``has_aux`` a pair, and the estimated gradient with respect to ``x`` alone, of its
+        structure, shapes and dtypes, zero where ``mask`` does not keep it. The key may be None
+        where the estimator has no randomness. It raises what the estimator raises.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -34,8 +36,10 @@ def value_and_grad(
         6.0 [1. 2. 3.]
     """
 
-    def estimate(key: Any, x: PyTree, *args: Any, **kwargs: Any) -> tuple[Array, PyTree]:
-        return estimator(key, lambda p: fn(p, *args, **kwargs), x)
+    def estimate(
+        key: Any, x: PyTree, *args: Any, mask: PyTree | None = None, **kwargs: Any
+    ) -> tuple[Any, PyTree]:
+        return estimator(key, lambda p: fn(p, *args, **kwargs), x, mask=mask, has_aux=has_aux)
 
     return estimate
 
@@ -45,7 +49,7 @@ def surrogate(fn: Callable[[PyTree], Array], estimator: Estimator) -> Callable[.
 
     For a simulator or a decoder with roundings in it, behind or between differentiable parts:
     ``jax.grad(lambda p: surrogate(sim, CGE(1e-3))(key, net(p)))``. Evaluated without
-    differentiation, it costs one call of ``fn``; under differentiation ``estimator.queries(x)``.
+    differentiation, it costs one call of ``fn``; under differentiation what the estimator costs.
 
     Args:
         fn: pytree of float arrays -> scalar of float32, traceable. It must not close over anything
