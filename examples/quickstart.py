@@ -62,7 +62,7 @@ def train(splits: data.Splits, out: pathlib.Path, resume: bool) -> dict[str, loo
             loops.RobustAccuracy(attacks.PGD(Linf(EPS), steps=10)),
         ),
         "smoothed": (
-            training.GaussianAugmentation(SIGMA),
+            training.NoiseAugmentation(smoothing.Gaussian(SIGMA)),
             120,
             64,
             0.2,

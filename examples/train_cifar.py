@@ -64,7 +64,10 @@ def objective(args: argparse.Namespace):
         "standard": (training.Standard(), loops.CleanAccuracy()),
         "pgd": (training.Adversarial(inner), robust),
         "trades": (training.TRADES(inner), robust),
-        "gaussian": (training.GaussianAugmentation(args.sigma), loops.NoisyAccuracy(args.sigma)),
+        "gaussian": (
+            training.NoiseAugmentation(smoothing.Gaussian(args.sigma)),
+            loops.NoisyAccuracy(args.sigma),
+        ),
     }[args.objective]
     flip = [data.Flip()] if args.data in PHOTOGRAPHS else []
     return data.Augmented(found, data.chain(data.PadCrop(), *flip)), metric

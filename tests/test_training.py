@@ -11,8 +11,9 @@ import pytest
 from jrobust import losses, models, parallel, training
 from jrobust.attacks import FGSM, PGD, restarts
 from jrobust.models import Bound, Network
+from jrobust.smoothing import Gaussian
 from jrobust.threat import L2, Linf
-from jrobust.training import TRADES, Adversarial, GaussianAugmentation, Standard
+from jrobust.training import TRADES, Adversarial, NoiseAugmentation, Standard
 
 B, D, C = 6, 5, 3
 KEY = jax.random.key(3)
@@ -84,7 +85,7 @@ OBJECTIVES = {
     "Standard": Standard(),
     "Adversarial": Adversarial(PGD(Linf(0.1), steps=3, keep="last")),
     "TRADES": TRADES(PGD_L2, beta=2.0),
-    "GaussianAugmentation": GaussianAugmentation(0.2),
+    "NoiseAugmentation": NoiseAugmentation(Gaussian(0.2)),
 }
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -241,7 +242,7 @@ def test_settings_are_leaves_and_functions_are_structure(name):
 
     larger = jax.tree.map(scale, OBJECTIVES[name])
     assert jax.tree.structure(larger) == jax.tree.structure(OBJECTIVES[name])
-    expected = {"Standard": 0, "Adversarial": 3, "TRADES": 4, "GaussianAugmentation": 1}
+    expected = {"Standard": 0, "Adversarial": 3, "TRADES": 4, "NoiseAugmentation": 1}
     assert len(jax.tree.leaves(larger)) == expected[name]  # eps, lo, hi; beta; sigma
 
 
@@ -418,7 +419,7 @@ def test_gaussian_noise_is_unclipped_normal_of_the_example():
     n, sigma = 500, 0.5
     batch = full_batch(n)
     params, extra = start(SPY, batch)
-    _, (seen, _) = call(GaussianAugmentation(sigma), SPY, params, extra, batch)
+    _, (seen, _) = call(NoiseAugmentation(Gaussian(sigma)), SPY, params, extra, batch)
     noise = np.asarray(seen["seen"] - batch.x)
     assert abs(noise.std() - sigma) < 4 * sigma / np.sqrt(2 * noise.size)
     assert abs(noise.mean()) < 4 * sigma / np.sqrt(noise.size)
@@ -426,7 +427,7 @@ def test_gaussian_noise_is_unclipped_normal_of_the_example():
     assert seen["seen"].max() > 1
     # Rows that share an id share their noise, others do not.
     twice = batch._replace(id=jnp.concatenate([batch.id[: n // 2]] * 2))
-    _, (seen, _) = call(GaussianAugmentation(sigma), SPY, params, extra, twice)
+    _, (seen, _) = call(NoiseAugmentation(Gaussian(sigma)), SPY, params, extra, twice)
     again = np.asarray(seen["seen"] - batch.x)
     np.testing.assert_allclose(again[: n // 2], noise[: n // 2], atol=1e-6)
     np.testing.assert_allclose(again[n // 2 :], noise[: n // 2], atol=1e-6)
@@ -446,7 +447,7 @@ OPTIMISERS = {
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_three_steps_are_a_hand_written_loop(name):
-    tx, objective = OPTIMISERS[name], GaussianAugmentation(0.2)
+    tx, objective = OPTIMISERS[name], NoiseAugmentation(Gaussian(0.2))
     init, update = training.step(objective, tx)
     update = jax.jit(update, donate_argnums=0)
     state = jax.jit(init)(KEY, NORMED, full_batch().x)
@@ -476,7 +477,7 @@ def test_three_steps_are_a_hand_written_loop(name):
 
 
 def test_steps_draw_fresh_noise_and_repeat_exactly():
-    init, update = training.step(GaussianAugmentation(0.3), optax.sgd(0.1))
+    init, update = training.step(NoiseAugmentation(Gaussian(0.3)), optax.sgd(0.1))
     update, batch = jax.jit(update), full_batch()
     state = init(KEY, SPY, batch.x)
     first, _ = update(state, batch)
@@ -528,7 +529,7 @@ def test_update_is_traced_once():
 @pytest.mark.parametrize(
     ("one", "two"),
     [
-        (GaussianAugmentation(0.1), GaussianAugmentation(0.2)),
+        (NoiseAugmentation(Gaussian(0.1)), NoiseAugmentation(Gaussian(0.2))),
         (TRADES(PGD_L2, beta=1.0), TRADES(PGD_L2, beta=6.0)),
         (Adversarial(PGD_L2), Adversarial(PGD(L2(0.1), steps=3, keep="last"))),
     ],
@@ -913,9 +914,9 @@ MISTAKES = {
     ),
     "TRADES that stops": (lambda: bad_setting(TRADES(PGD(Linf(0.1)))), ValueError, "keep='last'"),
     "negative beta": (lambda: bad_setting(TRADES(PGD_L2, beta=-1.0)), ValueError, "beta"),
-    "zero sigma": (lambda: bad_setting(GaussianAugmentation(0.0)), ValueError, "sigma"),
+    "zero sigma": (lambda: bad_setting(NoiseAugmentation(Gaussian(0.0))), ValueError, "sigma"),
     "sigma for each pixel": (
-        lambda: bad_setting(GaussianAugmentation(np.ones(D))),
+        lambda: bad_setting(NoiseAugmentation(Gaussian(np.ones(D)))),
         ValueError,
         "sigma",
     ),

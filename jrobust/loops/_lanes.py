@@ -151,7 +151,10 @@ def check_shared(algorithm: Any, data: Dataset) -> None:
     Loops regroup the examples, so that it would meet the wrong ones.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(algorithm):
-        bound = getattr(path[-1], "name", "") in ("lo", "hi") if path else False
+        name = getattr(path[-1], "name", "") if path else ""
+        if name == "predictions":  # a table that is read by the examples' ids
+            continue
+        bound = name in ("lo", "hi")
         if np.ndim(leaf) >= (data.x.ndim if bound else 1) and np.shape(leaf)[0] == len(data):
             raise ValueError(
                 f"{type(algorithm).__name__}{jax.tree_util.keystr(path)} has a value for each of "

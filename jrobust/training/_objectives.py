@@ -1,4 +1,4 @@
-"""Standard training, adversarial training, TRADES and Gaussian augmentation."""
+"""Standard training, adversarial training and TRADES."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks import Attack, GradientAttack
@@ -188,37 +187,3 @@ class TRADES:
             "kl": divergence,
         }
         return value + self.beta * divergence, (extra, metrics)
-
-
-@algorithm
-class GaussianAugmentation:
-    """Training on inputs with Gaussian noise (Lecuyer et al. 2019; Cohen et al. 2019, section 3.3).
-
-    The noise is not clipped, as in certification.
-
-    Args:
-        sigma: standard deviation in the units of the input, scalar, > 0.
-        loss: ``loss(logits, y) -> (B,)``.
-    """
-
-    sigma: Any
-    loss: losses.Loss = static(default=losses.cross_entropy)
-
-    def check(self, x: Array, y: Array, classes: int) -> None:
-        """Raise ``ValueError`` unless ``sigma`` is a positive number."""
-        if jnp.ndim(self.sigma) != 0 or not 0 < float(self.sigma) < math.inf:
-            raise ValueError(
-                f"GaussianAugmentation.sigma must be a positive number, got {self.sigma}"
-            )
-
-    def __call__(
-        self, key: Array, network: Network, params: Any, extra: Any, batch: Batch
-    ) -> tuple[Array, tuple[Any, Metrics]]:
-        """See :class:`Objective`. Metrics: ``accuracy`` under noise."""
-        dropout, noise = _keys_of(key, batch)
-        keys = _keys.examples(noise, batch.id)
-        draw = jax.vmap(lambda k: jax.random.normal(k, batch.x.shape[1:], batch.x.dtype))
-        x = batch.x + self.sigma * draw(keys)
-        logits, extra = network.train_logits(params, extra, dropout, x)
-        value = _mean(self.loss(logits, batch.y), batch.mask)
-        return value, (extra, {"accuracy": _accuracy(logits, batch)})
