@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special
 from test_statistics import CONTEXT, ORACLE, one_minus, tail
 
-from jrobust import smoothing, statistics
+from jrobust import drive, smoothing, statistics
 from jrobust._algorithm import describe
 
 ALPHA = 0.05
@@ -279,7 +279,7 @@ def test_stages_draw_apart(key, images):
 
 
 def test_default_chunk_is_bounded(key):
-    """4,096 rows or 2^24 values in one forward pass, but at least one sample of each image."""
+    """4,096 rows or 2^18 values in one forward pass, but at least one sample of each image."""
     rows = []
 
     def watch(x):
@@ -289,13 +289,29 @@ def test_default_chunk_is_bounded(key):
     for shape, n, expected in (
         ((3, 4), 10**6, 3 * (4096 // 3)),
         ((3, 4), 5, 15),
-        ((2, 2**20), 100, 16),
+        ((2, 2**14), 100, 16),
         ((5000, 2), 4, 5000),
     ):
         rows.clear()
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         jax.eval_shape(lambda x, n=n: smoothing.count_votes(key, watch, x, NOISE, n), x)
         assert set(rows) == {expected}
+
+
+def test_a_black_box_votes_as_the_compiled_function_does(key):
+    w = jnp.array([[1.0, -2.0, 0.5], [0.3, 1.0, -1.0]])
+    x, ids = jnp.linspace(-1, 1, 10).reshape(5, 2), jnp.array([7, 3, 11, 0, 2])
+    asked = []
+
+    def box(points):
+        asked.append(len(points))
+        return points @ np.asarray(w)
+
+    how = {"start": 40, "ids": ids}
+    counts = smoothing.count_votes(key, drive.Host(box), x, NOISE, 250, chunk=60, **how)
+    compiled = smoothing.count_votes(key, lambda v: v @ w, x, NOISE, 250, **how)
+    np.testing.assert_array_equal(counts, compiled)
+    assert asked == [300] * 4 + [50], "nothing is asked for the tail of the last chunk"
 
 
 def test_vote_fraction_of_a_linear_model_is_the_normal_cdf(key):

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from jrobust.models._callbacks import HostModel, from_host, from_torch_module
 from jrobust.models._flax import bind, network
+from jrobust.models._mixed import (
+    MIXEDNUTS,
+    AdaptiveWeight,
+    MixedClassifier,
+    adaptive_weight,
+    mixed,
+    mixed_logits,
+    sharpened_logits,
+)
 from jrobust.models._network import Bound, Network
 from jrobust.models._randomized import Drawn, Randomized, randomized
 from jrobust.models._summary import Layer, Summary, summary
 from jrobust.models._surrogate import BPDA, StraightThrough, bpda, straight_through
 from jrobust.models._tensors import read_tensors
+from jrobust.models._unrolled import Fourier, data_step, smoothing_noise, unroll
 from jrobust.models._weights import from_deepmind, from_safetensors, from_torch, to_safetensors
 
 if TYPE_CHECKING:
@@ -32,14 +42,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BPDA",
+    "MIXEDNUTS",
     "MLP",
+    "AdaptiveWeight",
     "Autoencoder",
     "Bound",
     "DnCNN",
     "Drawn",
+    "Fourier",
     "HostModel",
     "Layer",
     "LeNet",
+    "MixedClassifier",
     "MoEResNet18",
     "Network",
     "PreActResNet18",
@@ -52,20 +66,27 @@ __all__ = [
     "Summary",
     "ViT",
     "WideResNet",
+    "adaptive_weight",
     "bind",
     "bpda",
+    "data_step",
     "from_deepmind",
     "from_host",
     "from_safetensors",
     "from_torch",
     "from_torch_module",
+    "mixed",
+    "mixed_logits",
     "network",
     "randomized",
     "read_tensors",
     "robustbench",
+    "sharpened_logits",
+    "smoothing_noise",
     "straight_through",
     "summary",
     "to_safetensors",
+    "unroll",
 ]
 
 # What is made of Flax modules, by the file that holds it.

@@ -9,8 +9,16 @@ from jrobust.smoothing._certify import (
     predict,
     samples_for,
 )
+from jrobust.smoothing._denoised import (
+    Denoised,
+    DiffusionDenoiser,
+    denoised,
+    diffusion_denoiser,
+)
 from jrobust.smoothing._discrete import DiscreteGaussian
+from jrobust.smoothing._dual import Half, certify_dual, checkerboard, halves
 from jrobust.smoothing._masking import Masking
+from jrobust.smoothing._mixed import Mixed, certify_mixed, lipschitz_radius
 from jrobust.smoothing._noise import (
     Converted,
     Exponential,
@@ -27,11 +35,15 @@ __all__ = [
     "ABSTAIN",
     "Certificate",
     "Converted",
+    "Denoised",
+    "DiffusionDenoiser",
     "DiscreteGaussian",
     "Exponential",
     "Gaussian",
+    "Half",
     "Laplace",
     "Masking",
+    "Mixed",
     "Noise",
     "Pareto",
     "Plan",
@@ -39,9 +51,16 @@ __all__ = [
     "Uniform",
     "ceiling",
     "certify",
+    "certify_dual",
+    "certify_mixed",
     "certify_staged",
+    "checkerboard",
     "count_disagreements",
     "count_votes",
+    "denoised",
+    "diffusion_denoiser",
+    "halves",
+    "lipschitz_radius",
     "plan",
     "predict",
     "samples_for",

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrobust import drive, keys
 from jrobust.smoothing._noise import Noise, check_dtype
 
 Array = jax.Array
 
-# One forward pass takes at most this many rows and this many input values (64 MiB in float32).
+# One forward pass takes at most this many rows, and this many input values: 64 MiB in float32. On
+# a CPU activations should stay in caches (ResNet-20: 1.3 times the speed of 2^23 values).
 _ROWS = 4096
-_VALUES = 2**24
+_VALUES, _VALUES_CPU = 2**24, 2**18
 
 
 class Stages(NamedTuple):
@@ -37,7 +39,8 @@ def stages(key: Array) -> Stages:
 
 def default_chunk(batch: int, shape: tuple[int, ...]) -> int:
     """Copies of each of ``batch`` inputs of this shape in one forward pass."""
-    return max(1, min(_ROWS, _VALUES // math.prod(shape)) // batch)
+    values = _VALUES_CPU if jax.default_backend() == "cpu" else _VALUES
+    return max(1, min(_ROWS, values // math.prod(shape)) // batch)
 
 
 def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) -> None:
@@ -135,6 +138,39 @@ def _vote(logits: Array) -> Array:
     return jnp.where(finite, jnp.argmax(logits, axis=1), logits.shape[1])
 
 
+@jax.jit
+def _copies(key: Array, x: Array, noise: Noise, ids: Array, samples: Array) -> Array:
+    """(B * m, ...): the copies ``samples`` (m,) of each input, those of one side by side."""
+    image_keys = jnp.repeat(keys.examples(key, ids), len(samples))
+    sample_keys = keys.fold(image_keys, jnp.tile(samples, len(x)))
+    return jax.vmap(noise.perturb)(sample_keys, jnp.repeat(x, len(samples), axis=0))
+
+
+def _ask(
+    key: Array,
+    host: drive.Host,
+    x: Array,
+    noise: Noise,
+    n: int,
+    start: Array | int,
+    ids: Array,
+    chunk: int,
+) -> Array:
+    """The votes of a black box: asked from Python, once for each copy that is finite."""
+    counts: Any = 0
+    for first in range(0, n, chunk):
+        samples = jnp.uint32(start) + jnp.arange(first, min(first + chunk, n), dtype=jnp.uint32)
+        points = np.asarray(_copies(key, x, noise, ids, samples))
+        check_dtype(points.dtype)
+        finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
+        logits = host(jnp.asarray(points[finite]))
+        labels = np.full(len(points), logits.shape[1])
+        labels[finite] = _vote(logits)
+        hits = labels.reshape(len(x), -1, 1) == np.arange(logits.shape[1] + 1)
+        counts = counts + hits.sum(axis=1, dtype=np.int32)
+    return jnp.asarray(counts)
+
+
 def count_votes(
     key: Array,
     logits_fn: Callable[[Array], Array],
@@ -162,14 +198,16 @@ def count_votes(
 
     Args:
         key: a typed threefry key, of one stage: see :func:`stages`.
-        logits_fn: (R, ...) float32 -> (R, C) logits, C >= 2; any callable.
+        logits_fn: (R, ...) float32 -> (R, C) logits, C >= 2; any callable. A
+            :class:`jrobust.drive.Host` is asked from Python, once for each finite noisy copy.
         x: (B, ...) float32 inputs, in the units of the noise.
         noise: for example :class:`Gaussian`.
         n: samples for each input, a Python int.
         start: index of the first sample; may be traced. ``start + n`` may not exceed 2^32.
         ids: (B,) integer ids of the inputs, by default 0 .. B - 1.
         chunk: samples of each input in one forward pass, which takes B * chunk rows; by default
-            what fills 4,096 rows or 2^24 input values, whichever is less, in equal passes.
+            what fills 4,096 rows or 2^24 input values (on a CPU 2^18), whichever is less, in equal
+            passes.
 
     Returns:
         (B, C + 1) int32, each row summing to n. The last column counts rejects: samples whose noisy
@@ -181,6 +219,8 @@ def count_votes(
             size, logits that are not (R, C) with C >= 2.
     """
     x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
+    if drive.is_host(logits_fn):
+        return _ask(key, logits_fn, x, noise, n, start, ids, chunk)
     logits_of, classes = _logits_of(logits_fn, (x.shape[0] * chunk, *x.shape[1:]))
     return _scan(key, lambda v: _vote(logits_of(v)), classes + 1, x, noise, n, start, ids, chunk)
 
