@@ -63,6 +63,8 @@ bench: .venv/.installed .venv-peer/.installed
 	$(PY) benchmarks/autoattack.py --small
 	$(PY) benchmarks/attacks.py --small
 	$(PY) benchmarks/difference.py --small
+	$(PY) benchmarks/certify.py --small
+	$(PY) benchmarks/cge.py --small
 
 clean:
 	rm -rf .venv .venv-newest .venv-peer .cache runs benchmarks/out

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "plot_curves", "plot_images", "table_text"]
+__all__ = ["Report", "plot_certified", "plot_curves", "plot_images", "table_text"]
 
 # Okabe and Ito's palette (2008), safe for colour-blind readers, without its yellow.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -143,6 +143,70 @@ class Report:
         else:
             self.text("Signs that the attacks flatter the model were not looked for.")
         self.configuration(found.configuration)
+
+    def certification(self, title: str, found: Any) -> None:
+        """Add a section on a certification, from ``jrobust.loops.certify`` or ``recertify``.
+
+        Which examples it is about, certified accuracy at some radii and as a curve, what became of
+        the examples, votes and rejects, and the configuration.
+        """
+        self.section(title)
+        self.text(str(found))
+        certificate, norm = found.certificate, found.certificate.norm
+        radii = [0.0, *_round_radii(float(certificate.radius.max()))]
+        sure = certificate.accuracy(found.y, radii, confidence=0.99)
+        self.table(
+            "Certified accuracy: right, with at least this radius. With 99% confidence at least "
+            "the last column of these very examples is right and robust.",
+            [f"radius ({norm})", "certified accuracy", "at least"],
+            [list(row) for row in zip(radii, found.accuracy(radii), sure)],
+        )
+        asked, ceiling = (found.configuration[name] for name in ("radius", "radius_ceiling"))
+        if asked is not None:
+            self.text(
+                f"Votes were counted until a radius of {asked:g} was certified or hopeless: radii "
+                "above it are those that were certified by then, and accuracy there and the "
+                "average radius are lower than more votes would make them."
+            )
+        self.certified(
+            f"Certified accuracy against the radius; no radius can exceed {ceiling:.4g} at this "
+            "many votes.",
+            {title: found},
+        )
+        right = certificate.prediction == found.y
+        abstained = certificate.prediction < 0
+        rows = [
+            ["examples certified with the right class", int(right.sum())],
+            ["with a wrong class", int(np.sum(~right & ~abstained))],
+            ["abstained on", int(abstained.sum())],
+            ["noisy copies that voted", found.votes],
+            [
+                "of these rejected as not finite",
+                int(found.select_counts[:, -1].sum() + found.estimate_counts[:, -1].sum()),
+            ],
+        ]
+        if found.disagreements is not None:
+            rows.append(["votes shown to both models", int(found.disagreements.sum())])
+            rows.append(["on which they differed", int(found.disagreements[:, :-1].sum())])
+        self.table("What became of the examples.", ["", "number"], rows)
+        self.configuration(found.configuration)
+
+    def certified(self, caption: str, runs: Mapping[str, Any]) -> None:
+        """Add a plot of certified accuracy of several runs or files, and their average radii.
+
+        Arguments and errors as in :func:`plot_certified`. Average radii are comparable only between
+        equal sets of examples, which stand beside them.
+        """
+        self._figure(caption, plot_certified(runs))
+        self.table(
+            "Average certified radius (wrong answers and abstentions count 0), and over which "
+            "examples.",
+            ["run", "average radius", "certified accuracy", "examples", "start", "stride"],
+            [
+                [name, run.average_radius, float(run.accuracy()), run.slice.n, *run.slice[:2]]
+                for name, run in runs.items()
+            ],
+        )
 
     def configuration(self, configuration: Mapping[str, Any]) -> None:
         """Add the effective configuration: names to algorithms, numbers, nested as you like."""
@@ -270,6 +334,31 @@ def plot_curves(
     return figure
 
 
+def plot_certified(runs: Mapping[str, Any]) -> Figure:
+    """Certified accuracy against the radius, one curve for each run, as a matplotlib figure.
+
+    Args:
+      runs: name -> what has ``accuracy(radii)`` and ``radii``: reports of ``jrobust.loops.certify``
+        and ``recertify``, tables of ``jrobust.loops.read_tsv``.
+
+    Raises ``ValueError`` without a run, or for radii in different norms; ``ImportError`` without
+    matplotlib.
+    """
+    if not runs:
+        raise ValueError("nothing to draw: runs is empty")
+    norms = {name: run.radii.norm for name, run in runs.items()}
+    if len(set(norms.values())) > 1:
+        raise ValueError(f"radii in different norms cannot share an axis: {norms}")
+    most = max(float(run.radii.radius.max()) for run in runs.values()) or 1.0
+    radii = np.linspace(0.0, 1.03 * most, 401)
+    return plot_curves(
+        {name: (radii, run.accuracy(radii)) for name, run in runs.items()},
+        f"radius ({next(iter(norms.values()))})",
+        "certified accuracy",
+        percent=True,
+    )
+
+
 def plot_images(
     clean: ArrayLike,
     adversarial: ArrayLike,
@@ -384,6 +473,15 @@ def _curve(name: str, values: Sequence[ArrayLike], percent: bool) -> list[np.nda
     if percent and any(((a < 0) | (a > 1)).any() for a in arrays[1:]):
         raise ValueError(f"series {name!r} has values outside [0, 1]; percent=True takes fractions")
     return arrays
+
+
+def _round_radii(most: float) -> list[float]:
+    """Up to eight radii, multiples of 1, 2, 2.5 or 5 times a power of ten, that reach ``most``."""
+    if not 0 < most < math.inf:
+        return []
+    unit = 10.0 ** math.floor(math.log10(most / 8))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if most / (unit * m) <= 8)
+    return [float(f"{step * i:.6g}") for i in range(1, math.floor(most / step) + 1)]
 
 
 _NUMBER = re.compile(r"(-|[-+±]?(\d[\d,_.]*([eE][-+]?\d+)?|nan|inf)\s?(%|s|ms|x)?)")

@@ -52,11 +52,23 @@ from jrobust.smoothing import (
     Gaussian,
     Laplace,
     Masking,
+    Mixed,
     Pareto,
     Uniform,
 )
 from jrobust.threat import L0, L1, L2, Linf, Threat
-from jrobust.training import TRADES, Adversarial, GaussianAugmentation, Standard
+from jrobust.training import (
+    CATRS,
+    MACER,
+    TRADES,
+    Adversarial,
+    Consistency,
+    NoiseAugmentation,
+    SmoothAdv,
+    SmoothMix,
+    Stability,
+    Standard,
+)
 from jrobust.zeroth_order import CGE, RGE
 
 
@@ -239,7 +251,18 @@ OBJECTIVES = [
     Part("Standard", "training", lambda _: Standard(), (0.0, 0.0)),
     Part("Adversarial", "training", lambda eps: Adversarial(_inner(eps)), (0.02, 0.05)),
     Part("TRADES", "training", lambda beta: TRADES(_inner(0.02), beta=beta), (1.0, 6.0)),
-    Part("GaussianAugmentation", "training", GaussianAugmentation, (0.1, 0.3)),
+    Part("NoiseAugmentation", "training", lambda s: NoiseAugmentation(Gaussian(s)), (0.1, 0.3)),
+    Part("Stability", "training", lambda lbd: Stability(Gaussian(0.2), lbd), (1.0, 4.0)),
+    Part("Consistency", "training", lambda lbd: Consistency(Gaussian(0.2), lbd), (1.0, 4.0)),
+    Part("MACER", "training", lambda s: MACER(Gaussian(s), samples=2), (0.1, 0.3)),
+    Part(
+        "SmoothAdv",
+        "training",
+        lambda eps: SmoothAdv(Gaussian(0.2), PGD(L2(eps), steps=2, keep="last")),
+        (0.1, 0.3),
+    ),
+    Part("SmoothMix", "training", lambda a: SmoothMix(Gaussian(0.2), a, steps=2), (0.1, 0.3)),
+    Part("CATRS", "training", lambda s: CATRS(Gaussian(s), steps=2, samples=2), (0.1, 0.3)),
 ]
 NOISES = [
     Part("Gaussian", "smoothing", Gaussian, (0.1, 0.3)),
@@ -248,6 +271,7 @@ NOISES = [
     Part("Pareto", "smoothing", Pareto, (0.1, 0.3)),
     Part("Exponential", "smoothing", lambda scale: Exponential(scale, 5), (0.1, 0.3)),
     Part("Converted", "smoothing", lambda s: Converted(Gaussian(s), "Linf", 5), (0.1, 0.3)),
+    Part("Mixed", "smoothing", lambda s: Mixed(Gaussian(s), 0.8), (0.1, 0.3)),
     Part("Masking", "smoothing", lambda f: Masking(2, 5, f, pixels=False), (-1.0, 2.0)),
     Part("DiscreteGaussian", "smoothing", lambda _: DiscreteGaussian(0.25, 5), (1.0, 1.0)),
 ]
@@ -259,15 +283,20 @@ ESTIMATORS = [
 # Public names of those rooms that are no algorithms.
 OTHERS = {
     "training": {
-        "EMA", "SWA", "Averaging", "Batch", "Objective", "State", "adversarial_examples", "batch",
-        "guarded", "step", "update_statistics",
+        "EMA", "SWA", "Averaging", "Batch", "DenoisedStability", "Denoising", "Objective", "State",
+        "ZerothOrder", "adversarial_examples", "batch", "guarded", "step", "update_statistics",
+        "zeroth_order_step",
     },
     "smoothing": {
-        "ABSTAIN", "Certificate", "Noise", "Plan", "Stages", "ceiling", "certify", "certify_staged",
-        "count_disagreements", "count_votes", "plan", "predict", "samples_for", "stages",
+        "ABSTAIN", "Certificate", "Denoised", "DiffusionDenoiser", "Half", "Noise", "Plan",
+        "Stages", "ceiling", "certify", "certify_dual", "certify_mixed", "certify_staged",
+        "checkerboard", "count_disagreements", "count_votes", "denoised", "diffusion_denoiser",
+        "halves", "lipschitz_radius", "plan", "predict", "samples_for", "stages",
     },
     "zeroth_order": {
-        "DifferenceWarning", "Estimator", "OneHot", "difference", "differencer", "surrogate",
-        "value_and_grad",
+        "HTTP", "SVRG", "ActivationCGE", "Anchor", "BlackBox", "BudgetExceeded",
+        "DifferenceWarning", "Estimator", "HiZOO", "Ledger", "MeZO", "MeZOStep", "OneHot",
+        "Service", "Subprocess", "difference", "differencer", "grasp", "grasp_ratios", "one_point",
+        "redraw", "surrogate", "value_and_grad",
     },
 }  # fmt: skip

@@ -552,7 +552,7 @@ def test_fit_is_the_step_by_hand():
 
 
 def test_fit_repeats_exactly_under_one_key():
-    objective = training.GaussianAugmentation(0.3)
+    objective = training.NoiseAugmentation(smoothing.Gaussian(0.3))
     one, two = (fit(objective, validation=VALIDATION) for _ in range(2))
     assert one.history == two.history
     jax.tree.map(np.testing.assert_array_equal, one.state.params, two.state.params)
@@ -828,7 +828,7 @@ def test_no_radius_above_the_ceiling(tmp_path):
     x = np.array(data.x)
     x[:, 0] = 50.0
     far = Dataset(x, np.ones(4, int))
-    report = certify(far, directory=tmp_path)
+    report = certify(far, directory=tmp_path, box=None)
     reach = smoothing.ceiling(smoothing.Gaussian(SIGMA), 200, 0.01)
     assert np.all(report.certificate.count == 200)
     assert np.all(report.certificate.radius <= reach)
@@ -845,7 +845,7 @@ def test_votes_that_are_not_finite_are_rejects():
     x = np.array(data.x)
     x[:3, 1], x[3:, 1] = 9.0, -9.0
     x[:, 0] = 0.9
-    report = certify(Dataset(x, np.ones(6, int)), Bound({}, {}, nan_threshold))
+    report = certify(Dataset(x, np.ones(6, int)), Bound({}, {}, nan_threshold), box=None)
     np.testing.assert_array_equal(report.certificate.rejects, [200] * 3 + [0] * 3)
     np.testing.assert_array_equal(report.certificate.prediction, [-1] * 3 + [1] * 3)
     assert np.all(report.certificate.radius[:3] == 0)
@@ -990,7 +990,10 @@ MISTAKES = {
         lambda: fit(train=changed(TRAIN, y=TRAIN.y + 1)),
         "the model has 2 classes",
     ),
-    "sigma below zero": (lambda: fit(training.GaussianAugmentation(-0.1)), "sigma must be"),
+    "sigma below zero": (
+        lambda: fit(training.NoiseAugmentation(smoothing.Gaussian(-0.1))),
+        "sigma must be",
+    ),
     "training in grey levels": (
         lambda: fit(training.Adversarial(PGD(box(25.0), keep="last"))),
         "larger than the whole box",
@@ -1007,7 +1010,7 @@ MISTAKES = {
         lambda: fit(validation=VALIDATION, validate=loops.RobustAccuracy(FGSM(Linf(0.1)))),
         "must lie in the box",
     ),
-    "an objective class": (lambda: fit(training.GaussianAugmentation), "must be an instance"),
+    "an objective class": (lambda: fit(training.NoiseAugmentation), "must be an instance"),
     # certify
     "a Host to certify": (lambda: certify(logits_fn=Host(lambda x: x)), "Host"),
     "uint8 to certify": (

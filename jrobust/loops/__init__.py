@@ -1,4 +1,7 @@
-"""The pipelines: ``fit``, ``evaluate`` and ``certify``, each with ``.iter`` and ``.warm_up``."""
+"""The pipelines: ``fit``, ``evaluate`` and ``certify``, each with ``.iter`` and ``.warm_up``.
+
+``recertify`` reads the log of a certification, ``sandwich`` sets certificates against attacks.
+"""
 
 from jrobust.loops._certify import CertificationEvent, CertificationReport, certify
 from jrobust.loops._evaluate import EvaluationEvent, EvaluationReport, evaluate
@@ -12,12 +15,25 @@ from jrobust.loops._fit import (
     fit,
 )
 from jrobust.loops._publish import robustbench_entry, run_standard_evaluation
+from jrobust.loops._recertify import recertify
 from jrobust.loops._reliability import Doubt, ReliabilityWarning
+from jrobust.loops._sandwich import (
+    Certified,
+    Claims,
+    Contradicted,
+    SandwichReport,
+    sandwich,
+)
+from jrobust.loops._tsv import CertifiedRadii, Slice, read_tsv
 
 __all__ = [
     "CertificationEvent",
     "CertificationReport",
+    "Certified",
+    "CertifiedRadii",
+    "Claims",
     "CleanAccuracy",
+    "Contradicted",
     "Diverged",
     "Doubt",
     "EvaluationEvent",
@@ -27,9 +43,14 @@ __all__ = [
     "NoisyAccuracy",
     "ReliabilityWarning",
     "RobustAccuracy",
+    "SandwichReport",
+    "Slice",
     "certify",
     "evaluate",
     "fit",
+    "read_tsv",
+    "recertify",
     "robustbench_entry",
     "run_standard_evaluation",
+    "sandwich",
 ]
