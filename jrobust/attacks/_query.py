@@ -46,7 +46,7 @@ class QueryAttack(GradientAttack):
     @property
     def moves(self) -> int:
         """From the first query to the last."""
-        return self.steps - 1
+        return self.queries - 1
 
     def threats(self) -> tuple[Threat, ...]:
         """The one threat model; raises ``TypeError`` if it is none, or of another norm."""

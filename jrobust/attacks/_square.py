@@ -69,6 +69,11 @@ class Square(QueryAttack):
         """The queries."""
         return self.queries + self.compat
 
+    @property
+    def moves(self) -> int:
+        """From the first query to the last."""
+        return self.steps - 1
+
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
         """See :meth:`QueryAttack.check`; also refuses what is no image and shares that are none."""
         super().check(x, y, classes, targets)
