@@ -30,7 +30,7 @@ lint: .venv/.installed
 # Everything that a change can break. Most of its time goes into compiling small programs: LLVM
 # works less hard on them here than in the longer suites below, which compile as users do.
 test: lint
-	XLA_FLAGS="--xla_backend_optimization_level=1 $$XLA_FLAGS" $(PY) $(PYTEST)
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(PY) $(PYTEST)
 
 # And the long statistics; what needs the peers' environment stays with `make peers`.
 test-full: lint

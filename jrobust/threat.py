@@ -98,19 +98,35 @@ def _shift(size: Array, room: Array, radius: Array) -> Array:
 
 
 @jax.jit
-def _level(rank: Array, weight: Array, budget: Array) -> Array:
-    """(B, 1, ...): the highest ``t`` for which the entries of ``rank >= t`` weigh ``budget``."""
-    return _largest(
-        lambda t: _total(jnp.where(rank >= t, weight, 0.0)) >= budget,
-        _total(rank),
-    )
+def _tiers(rank: Array, weight: Array, budget: Array) -> tuple[Array, Array]:
+    """(B, ...) bool, twice: entries ``rank > t`` and ``rank == t``.
+
+    ``t`` is the highest for which the entries ``rank >= t`` weigh ``budget``, found as
+    :func:`_largest` finds it. The entries are those of its last comparisons: compared afterwards,
+    ``rank`` may be computed anew with another rounding, where XLA likes, and none would equal t.
+    """
+
+    def settle(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bits, above, reached = carry
+        candidate = bits | (jnp.uint32(1 << 30) >> i.astype(jnp.uint32))
+        some = rank >= jax.lax.bitcast_convert_type(candidate, jnp.float32)
+        holds = _total(jnp.where(some, weight, 0.0)) >= budget
+        # What was refused last is the float after t.
+        return (
+            jnp.where(holds, candidate, bits),
+            jnp.where(holds, above, some),
+            jnp.where(holds, some, reached),
+        )
+
+    zero = jnp.zeros_like(_total(rank), dtype=jnp.uint32)
+    _, above, reached = jax.lax.fori_loop(0, 31, settle, (zero, rank < 0, rank >= 0))
+    return above, reached & ~above
 
 
 def _best(rank: Array, count: Array) -> Array:
     """(B, ...) bool: the ``count`` entries of highest ``rank >= 0``; among equals the first."""
     rank = jax.lax.stop_gradient(rank)
-    level = _level(rank, jnp.ones_like(rank), count)
-    above, equal = rank > level, rank == level
+    above, equal = _tiers(rank, jnp.ones_like(rank), count)
     place = jnp.cumsum(equal.reshape(equal.shape[0], -1), axis=1).reshape(equal.shape)
     return above | (equal & (place <= count - _total(above)))
 
@@ -562,7 +578,8 @@ class L1(Threat):
         size = np.prod(g.shape[1:], dtype=int)
         count = 1.0 if density is None else jnp.maximum(1.0, jnp.round(expand(density, g) * size))
         rank = jax.lax.stop_gradient(jnp.abs(g))
-        chosen = jnp.where(rank >= _level(rank, jnp.ones_like(rank), count), jnp.sign(g), 0.0)
+        above, equal = _tiers(rank, jnp.ones_like(rank), count)
+        chosen = jnp.where(above | equal, jnp.sign(g), 0.0)
         return chosen / jnp.maximum(_total(jnp.abs(chosen)), 1.0)
 
     def ascend(self, x: Array, x0: Array, gradient: Array, size: ArrayLike) -> Array:
@@ -582,24 +599,23 @@ class L1(Threat):
         lo, hi = self._bounds(x)
         room = jnp.where(g > 0, hi - x, jnp.where(g < 0, x - lo, 0.0))
         size = expand(size, x)
-        rank = jnp.abs(g)
-        level = _level(*jax.lax.stop_gradient((rank, room, size)))
-        full, partly = (jnp.where(some, room, 0.0) for some in (rank > level, rank == level))
+        above, equal = _tiers(*jax.lax.stop_gradient((jnp.abs(g), room, size)))
+        full, partly = (jnp.where(some, room, 0.0) for some in (above, equal))
         most = _total(partly)
         share = jnp.clip((size - _total(full)) / jnp.where(most > 0, most, 1.0), 0.0, 1.0)
-        push = jnp.where(rank > level, size, share * partly)
+        push = jnp.where(above, size, share * partly)
         return self.project(x + jnp.sign(g) * push, x0)
 
     def to_hyperplane(self, x: Array, normal: Array, value: Array) -> Array:
         """See :meth:`Threat.to_hyperplane`: features of most weight first, each up to its bound."""
         sign, weight, room, need = self._way(x, normal, value)
         progress = weight * room
-        level = _level(weight, progress, need)
-        before = _total(jnp.where(weight > level, progress, 0.0))
-        last = _total(jnp.where(weight == level, progress, 0.0))
+        above, equal = _tiers(weight, progress, need)
+        before = _total(jnp.where(above, progress, 0.0))
+        last = _total(jnp.where(equal, progress, 0.0))
         share = jnp.clip((need - before) / jnp.where(last > 0, last, 1.0), 0.0, 1.0)
-        part = jnp.where(weight == level, share, 0.0)
-        return sign * room * jnp.where(weight > level, 1.0, part)
+        part = jnp.where(equal, share, 0.0)
+        return sign * room * jnp.where(above, 1.0, part)
 
     def distance(self, x: Array, x0: Array) -> Array:
         """``sum |x - x0|`` over features."""
