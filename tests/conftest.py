@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -41,6 +42,13 @@ def room():
     yield
     if next(_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def fresh_draws(request, monkeypatch):
+    """A module's `RNG` starts anew in each test: its data depend on no other test."""
+    if hasattr(request.module, "RNG"):
+        monkeypatch.setattr(request.module, "RNG", np.random.default_rng(1))
 
 
 @pytest.fixture

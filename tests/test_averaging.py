@@ -149,7 +149,7 @@ class Latest(Averaging):
     """The current weights: what a new averaging has to say."""
 
     def check(self):
-        pass
+        """Nothing can be wrong."""
 
     def rate(self, step):
         return jnp.float32(1)

@@ -176,9 +176,13 @@ class JSMA(GradientAttack):
 
 
 def _scaled(values: Array) -> tuple[Array, Array]:
-    """``values`` (d,) over the largest absolute value, and that; -inf stays."""
+    """``values`` (d,), the largest between 1 and 2, and the logarithm of the divisor; -inf stays.
+
+    The divisor is a power of two: another one would round, and sums that nearly cancel show it.
+    """
     largest = jnp.max(jnp.where(jnp.isfinite(values), jnp.abs(values), 0.0), initial=0.0)
-    return values / jnp.where(largest > 0, largest, 1.0), largest
+    exponent = jnp.frexp(largest)[1] - 1
+    return jnp.ldexp(values, -exponent), exponent * jnp.log(2.0).astype(values.dtype)
 
 
 def best_single(gain: Array, cost: Array) -> tuple[Array, Array]:
@@ -186,7 +190,7 @@ def best_single(gain: Array, cost: Array) -> tuple[Array, Array]:
     (a, up), (c, down) = _scaled(gain), _scaled(cost)
     value = jnp.where((a > 0) & (c > 0), a * c, 0.0)
     chosen = (jnp.arange(a.size) == jnp.argmax(value)) & (jnp.max(value) > 0)
-    return _log(jnp.max(value)) + _log(up) + _log(down), chosen.astype(gain.dtype)
+    return _log(jnp.max(value)) + up + down, chosen.astype(gain.dtype)
 
 
 def best_pair(gain: Array, cost: Array) -> tuple[Array, Array]:
@@ -229,7 +233,7 @@ def best_pair(gain: Array, cost: Array) -> tuple[Array, Array]:
     value, p, q = jax.lax.fori_loop(0, blocks, look, (jnp.zeros_like(a[0]), zero, zero))
     at = jnp.arange(size)
     chosen = ((at == place[p]) | (at == place[q])) & (value > 0)
-    return _log(value) + _log(up) + _log(down), chosen.astype(gain.dtype)
+    return _log(value) + up + down, chosen.astype(gain.dtype)
 
 
 def _log(value: Array) -> Array:

@@ -152,7 +152,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
 
 
 class _Refused(Exception):
-    pass
+    """A pickle asks for something that no weights need."""
 
 
 class _Known:

@@ -41,7 +41,6 @@ class Noise(Protocol):
 
     def perturb(self, key: Array, x: Array) -> Array:
         """One noisy copy of one input: float32, of the shape of ``x`` (which has no batch axis)."""
-        ...
 
     def radius(self, q: ArrayLike, runner: ArrayLike | None = None) -> np.ndarray:
         """Radius proved by upper bounds on probabilities, float64, rounded down.
@@ -54,7 +53,6 @@ class Noise(Protocol):
                 minus a lower bound: the complement cancels near 1.
             runner: upper bound on the probability of each single one of them; by default q.
         """
-        ...
 
 
 def check_dtype(dtype: Any) -> None:

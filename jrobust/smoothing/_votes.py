@@ -66,6 +66,21 @@ def _check(key: Array, x: Array, n: int, start: Array | int, ids: Array | None) 
         )
 
 
+def _copies(image_keys: Array, x: Array, noise: Noise, samples: Array) -> tuple[Array, Array]:
+    """The copies ``samples`` (m,) of each input, (B * m, ...), and which are finite.
+
+    Those of one input are side by side.
+    """
+    sample_keys = keys.fold(jnp.repeat(image_keys, len(samples)), jnp.tile(samples, len(x)))
+    points = jax.vmap(noise.perturb)(sample_keys, jnp.repeat(x, len(samples), axis=0))
+    check_dtype(points.dtype)
+    return points, jnp.isfinite(points).reshape(len(points), -1).all(axis=1)
+
+
+# Compiled on its own, because a black box is asked from Python.
+_compiled_copies = jax.jit(_copies)
+
+
 def _scan(
     key: Array,
     label: Callable[[Array], Array],
@@ -78,19 +93,16 @@ def _scan(
     chunk: int,
 ) -> Array:
     """Count the labels, below ``columns``, of n noisy copies of each input: (B, columns) int32."""
-    batch, rows = x.shape[0], x.shape[0] * chunk
+    batch = x.shape[0]
     if not isinstance(start, jax.core.Tracer):
         start = jnp.uint32(start)
     start = jnp.asarray(start).astype(jnp.uint32)
-    image_keys = jnp.repeat(keys.examples(key, ids), chunk)
+    image_keys = keys.examples(key, ids)
     offsets = jnp.arange(chunk, dtype=jnp.uint32)
 
     def body(i: Array, counts: Array) -> Array:
         done = jnp.asarray(i).astype(jnp.uint32) * chunk + offsets  # (chunk,), from 0
-        sample_keys = keys.fold(image_keys, jnp.tile(start + done, batch))
-        points = jax.vmap(noise.perturb)(sample_keys, jnp.repeat(x, chunk, axis=0))
-        check_dtype(points.dtype)
-        finite = jnp.isfinite(points).reshape(rows, -1).all(axis=1)
+        points, finite = _copies(image_keys, x, noise, start + done)
         labels = jnp.where(finite, label(points), columns - 1).reshape(batch, chunk)
         labels = jnp.where((done < n)[None], labels, -1)  # the tail of the last chunk is nobody's
         hits = labels[:, :, None] == jnp.arange(columns)[None, None]
@@ -138,14 +150,6 @@ def _vote(logits: Array) -> Array:
     return jnp.where(finite, jnp.argmax(logits, axis=1), logits.shape[1])
 
 
-@jax.jit
-def _copies(key: Array, x: Array, noise: Noise, ids: Array, samples: Array) -> Array:
-    """(B * m, ...): the copies ``samples`` (m,) of each input, those of one side by side."""
-    image_keys = jnp.repeat(keys.examples(key, ids), len(samples))
-    sample_keys = keys.fold(image_keys, jnp.tile(samples, len(x)))
-    return jax.vmap(noise.perturb)(sample_keys, jnp.repeat(x, len(samples), axis=0))
-
-
 def _ask(
     key: Array,
     host: drive.Host,
@@ -158,11 +162,10 @@ def _ask(
 ) -> Array:
     """The votes of a black box: asked from Python, once for each copy that is finite."""
     counts: Any = 0
+    image_keys = keys.examples(key, ids)
     for first in range(0, n, chunk):
         samples = jnp.uint32(start) + jnp.arange(first, min(first + chunk, n), dtype=jnp.uint32)
-        points = np.asarray(_copies(key, x, noise, ids, samples))
-        check_dtype(points.dtype)
-        finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
+        points, finite = map(np.asarray, _compiled_copies(image_keys, x, noise, samples))
         logits = host(jnp.asarray(points[finite]))
         labels = np.full(len(points), logits.shape[1])
         labels[finite] = _vote(logits)

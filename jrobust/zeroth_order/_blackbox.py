@@ -293,7 +293,7 @@ class _Function:
         return self._fn(x)
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""
 
 
 def _pack(x: np.ndarray) -> bytes:

@@ -35,7 +35,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module):
-        pass
+        """A mock has nothing to run."""
 
 
 def zoo():
