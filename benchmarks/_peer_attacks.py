@@ -4,20 +4,15 @@ See `_common.Peer`. Runs in an environment of its own: torch, numpy, pyautoattac
 torchattacks.
 """
 
-import pathlib
-import sys
 import time
 from importlib import metadata
 
+import _peer_autoattack
+import _peer_networks
 import foolbox
 import numpy as np
 import torch
 import torchattacks
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
-import _peer_autoattack
-import _peer_pgd
 
 
 class Session(_peer_autoattack.Session):
@@ -63,4 +58,4 @@ class Session(_peer_autoattack.Session):
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

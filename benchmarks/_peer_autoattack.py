@@ -6,79 +6,26 @@ Runs in an environment of its own: torch, numpy and pyautoattack.
 import contextlib
 import io
 import pathlib
-import sys
 import time
 from importlib import metadata
 
+import _peer_networks
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
-import _peer_pgd
 from pyautoattack import AutoAttack
-
-
-class SmallCNN(nn.Module):
-    """Its features are flattened in the order of channels-last images, as the weights have it."""
-
-    def __init__(self, channels, side, widths, hidden, classes):
-        super().__init__()
-        self.layers = []
-        for i, width in enumerate(widths, 1):
-            stride = 1 if i == 1 else 2
-            self.layers.append(f"conv{i}")
-            self.add_module(f"conv{i}", nn.Conv2d(channels, width, 3, stride, 1))
-            channels, side = width, -(-side // stride)
-        self.dense = nn.Linear(channels * side * side, hidden)
-        self.head = nn.Linear(hidden, classes)
-
-    def forward(self, x):
-        for name in self.layers:
-            layer = getattr(self, name)
-            if layer.stride[0] == 2 and x.shape[-1] % 2 == 0:  # as "SAME" pads: behind
-                h = functional.pad(x, (0, 1, 0, 1))
-                x = functional.conv2d(h, layer.weight, layer.bias, 2)
-            else:
-                x = layer(x)
-            x = functional.relu(x, inplace=True)
-        x = x.permute(0, 2, 3, 1).flatten(1)
-        return self.head(functional.relu(self.dense(x), inplace=True))
 
 
 class Session:
     """The state between requests; each public method is one."""
 
-    def open(self, folder, settings, network, variables, threads):
+    def open(self, folder, settings, network, threads):
         """Load the network and the examples, say what this is."""
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = True
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, arrays, self.device, answer = _peer_networks.read(folder, network, threads)
         self.folder, self.settings = pathlib.Path(folder), settings
-        with np.load(self.folder / "case.npz") as case:
-            arrays = dict(case)
-        kind = network.pop("kind")
-        model = {"SmallCNN": SmallCNN, "ResNet": _peer_pgd.ResNet}[kind](**network)
-        state = _peer_pgd.translate({name: arrays[name] for name in variables})
-        if kind == "ResNet":
-            state |= {"mean": model.mean, "std": model.std}
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        if any(not name.endswith("num_batches_tracked") for name in missing):
-            raise ValueError(f"no values for {missing}")
-        model = model.eval().requires_grad_(False)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.x = torch.from_numpy(arrays["x"]).to(self.device).permute(0, 3, 1, 2)
-        self.y = torch.from_numpy(arrays["y"].astype(np.int64)).to(self.device)
-        cuda = self.device.type == "cuda"
-        return {
-            "versions": {
-                "torch": torch.__version__,
-                "pyautoattack": metadata.version("pyautoattack"),
-            },
-            "device": torch.cuda.get_device_name() if cuda else f"cpu, {threads} threads",
-        }
+        self.x = _peer_networks.image(arrays["x"], self.device)
+        self.y = _peer_networks.labels(arrays["y"], self.device)
+        answer["versions"]["pyautoattack"] = metadata.version("pyautoattack")
+        return answer
 
     def logits(self, out):
         """Logits of the clean inputs."""
@@ -112,4 +59,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

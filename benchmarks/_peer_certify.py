@@ -2,38 +2,34 @@
 
 Cohen et al. (2019), CERTIFY: one image at a time, batches of noisy copies, a count of the answers,
 a Clopper-Pearson bound. Driven by JSON lines; see `_common.Peer`. Runs in an environment of its
-own: torch, numpy, scipy and what `_peer_autoattack` needs, whose networks it takes.
+own: torch, numpy and scipy.
 """
 
 import copy
 import pathlib
-import sys
 import time
 
+import _peer_networks
 import numpy as np
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-
-import _peer_autoattack
-import _peer_pgd
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Session(_peer_autoattack.Session):
+class Session:
     """The state between requests; each public method is one."""
 
-    def open(self, **arguments):
-        """See the parent."""
-        answer = super().open(**arguments)
+    def open(self, folder, settings, network, threads):
+        """Load the network and the images, say what this is."""
+        model, arrays, self.device, answer = _peer_networks.read(folder, network, threads)
+        self.folder, self.settings = pathlib.Path(folder), settings
+        self.x = _peer_networks.image(arrays["x"], self.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.models = {
-            name: copy.deepcopy(self.model).to(dtype) if name != "float32" else self.model
+            name: copy.deepcopy(model).to(dtype) if name != "float32" else model
             for name, dtype in DTYPES.items()
         }
-        answer["versions"] = {"torch": torch.__version__}
         return answer
 
     def _counts(self, x, n, batch, dtype):
@@ -95,4 +91,4 @@ class Session(_peer_autoattack.Session):
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

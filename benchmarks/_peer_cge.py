@@ -7,40 +7,31 @@ full forward pass, and, as DeepZero does, by a pass that starts at the input of 
 import pathlib
 import time
 
+import _peer_networks
 import numpy as np
 import torch
-from _peer_pgd import ResNet, serve, translate
 from torch.nn import functional
 
 
 class Session:
     """One network, one batch, and some coordinates of each of its kernels."""
 
-    def open(self, folder, settings, variables, threads):
+    def open(self, folder, settings, network, threads):
         """Load what the other side wrote; describe what runs here."""
-        torch.set_num_threads(threads)
+        self.model, arrays, self.device, answer = _peer_networks.read(folder, network, threads)
+        self.model.train()
         self.folder, self.mu = pathlib.Path(folder), settings["mu"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cudnn.benchmark = True
         precision = settings["precision"] != "highest"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision
-        with np.load(self.folder / "case.npz") as case:
-            arrays = dict(case)
-        self.model = ResNet(**settings["network"])
-        state = translate({name: arrays[name] for name in variables})
-        self.model.load_state_dict(state, strict=False)
-        self.model.to(self.device, memory_format=torch.channels_last).train()
-        x = torch.from_numpy(arrays["x"]).permute(0, 3, 1, 2).to(self.device)
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.y = torch.from_numpy(arrays["y"]).long().to(self.device)
+        self.x = _peer_networks.image(arrays["x"], self.device)
+        self.y = _peer_networks.labels(arrays["y"], self.device)
         # Kernel -> where its coordinates are, and how many weights it has.
         self.places = {
             name[3:]: [tuple(map(int, place)) for place in arrays[name]]
             for name in arrays
             if name.startswith("at/")
         }
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"versions": {"torch": torch.__version__}, "device": device}
+        return answer
 
     def _segments(self):
         """The network as functions one after the other, each ended by a block, and the loss."""
@@ -123,4 +114,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    serve(Session())
+    _peer_networks.serve(Session())

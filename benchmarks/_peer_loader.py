@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import torch
-from _peer_pgd import serve
+from _peer_networks import serve
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 

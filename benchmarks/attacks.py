@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import _command
 import _common
 import autoattack
 import jax
@@ -29,7 +28,6 @@ from jrobust import attacks
 from jrobust.threat import L1, L2, Linf
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 JROBUST = "jrobust"
 
 
@@ -185,16 +183,8 @@ def measure(
     checks, rows, ratios = [], [], []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = pathlib.Path(folder_name)
-        case.save(folder)
         with _common.Peer(peer_python, HERE / "_peer_attacks.py") as peer:
-            opened = peer.ask(
-                "open",
-                folder=folder_name,
-                settings=dataclasses.asdict(s),
-                network=case.network(),
-                variables=sorted(_common.flatten(case.variables)),
-                threads=os.cpu_count(),
-            )
+            opened = case.open(peer, folder)
             limits = _common.measure_limits(load, force=force)
             forward = _common.operations(case.model, jnp.asarray(case.x[:1]))
             flops = sum(operation.flops for operation in forward)
@@ -250,28 +240,19 @@ def measure(
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _command.parser(
+        "attacks",
+        __doc__,
+        Settings,
+        small="few examples, a tenth of the steps",
+        peer="torch, foolbox, torchattacks and pyautoattack",
+    )
     parser.add_argument("--network", choices=tuple(autoattack.NETWORKS), default="digits")
     parser.add_argument("--only", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
-    parser.add_argument("--small", action="store_true", help="few examples, a tenth of the steps")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "attacks.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch, foolbox, torchattacks and pyautoattack",
-    )
-    for name, kind in (("eps", float), ("examples", int), ("share", float), ("rounds", int)):
-        parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--devices", type=int, help="of the CPU; default one, of all cores")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
     parser.add_argument(
         "--first-call", nargs=3, metavar=("PAIR", "CASE", "CACHE"), help=argparse.SUPPRESS
     )
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
     # jrobust.run uses one device; `loops.evaluate` splits batches over several.
     jax.config.update("jax_num_cpu_devices", args.devices or 1)
     if args.first_call:
@@ -281,18 +262,14 @@ def main() -> None:
         print(json.dumps(_common.time_first_call(run.ours, cache)))
         return
     base = dataclasses.asdict(autoattack.NETWORKS[args.network])
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    settings = Settings(**{**base, **(SMALL if args.small else {}), **chosen})
-    try:
-        report = measure(
+    small = SMALL if args.small else {}
+    settings = Settings(**{**base, **small, **_command.chosen(args, Settings)})
+    _command.finish(
+        lambda: measure(
             autoattack.make_case(settings), args.only, args.peer_python, force=args.force
-        )
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+        ),
+        args.out,
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
+import _case
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,6 @@ from jrobust import attacks, data, loops, models, training
 from jrobust.threat import L1, L2, Linf, Threat
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 JROBUST, PEER = "jrobust", "pyautoattack"
 NORMS = {"Linf": Linf, "L2": L2, "L1": L1}
 
@@ -56,13 +56,10 @@ SMALL = {"examples": 32, "steps": 5, "queries": 50, "rounds": 2}
 
 
 @dataclasses.dataclass
-class Case:
+class Case(_case.Case):
     """The examples, the network with its variables, the attacks."""
 
     settings: Settings
-    variables: dict[str, Any]
-    x: np.ndarray
-    y: np.ndarray
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -83,32 +80,6 @@ class Case:
             checks=False,  # the peer's own take two forward passes
             progress=False,
         )
-
-    def network(self) -> dict[str, Any]:
-        """The network for the peer."""
-        m = self.module
-        if isinstance(m, models.SmallCNN):
-            _, side, _, channels = self.x.shape
-            sizes = {"channels": channels, "side": side, "widths": m.widths, "hidden": m.hidden}
-            return {"kind": "SmallCNN", "classes": m.classes, **sizes}
-        constants = {"mean": m.mean, "std": m.std}
-        return {"kind": "ResNet", "depth": m.depth, "classes": m.classes, "widths": m.widths} | (
-            constants
-        )
-
-    def save(self, folder: pathlib.Path) -> None:
-        """Write what the peer and fresh processes need."""
-        np.savez(folder / "case.npz", x=self.x, y=self.y, **_common.flatten(self.variables))
-        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(self.settings)))
-
-    @classmethod
-    def load(cls, folder: pathlib.Path, kind: type[Settings] = Settings) -> Case:
-        """Read what :meth:`save` wrote; ``kind`` is that of its settings."""
-        settings = kind(**json.loads((folder / "settings.json").read_text()))
-        with np.load(folder / "case.npz") as arrays:
-            case = dict(arrays)
-        x, y = case.pop("x"), case.pop("y")
-        return cls(settings, jax.tree.map(jnp.asarray, _common.unflatten(case)), x, y)
 
 
 def make_case(settings: Settings) -> Case:
@@ -161,16 +132,8 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
     total = len(case.x)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        case.save(folder)
         with _common.Peer(peer_python, HERE / "_peer_autoattack.py") as peer:
-            opened = peer.ask(
-                "open",
-                folder=name,
-                settings=dataclasses.asdict(s),
-                network=case.network(),
-                variables=sorted(_common.flatten(case.variables)),
-                threads=os.cpu_count(),
-            )
+            opened = case.open(peer, folder)
             checks, report = same(case, peer, folder)
             _common.require(checks)
             first = ("--devices", str(jax.device_count()), "--first-call", name)
@@ -227,46 +190,31 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _command.parser(
+        "autoattack",
+        __doc__,
+        Settings,
+        small="few examples, steps and queries",
+        peer="torch, numpy and pyautoattack",
+    )
     parser.add_argument("--network", choices=tuple(NETWORKS), default="digits")
-    parser.add_argument("--small", action="store_true", help="few examples, steps and queries")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "autoattack.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch, numpy and pyautoattack",
-    )
     parser.add_argument("--norm", choices=tuple(NORMS))
-    parser.add_argument("--eps", type=float)
-    for name in ("examples", "steps", "queries", "rounds"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--devices", type=int, help="of the CPU; default one for every core")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
     parser.add_argument("--first-call", nargs=2, metavar=("CASE", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
     # On a CPU, several devices of one thread are faster than one device of several threads.
     jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count() or 1)
     if args.first_call:
         folder, cache = args.first_call
-        case = Case.load(pathlib.Path(folder))
+        case = Case.load(pathlib.Path(folder), Settings)
         print(json.dumps(_common.time_first_call(lambda: case.run().x, cache)))
         return
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    small = SMALL if args.small else {}
     settings = dataclasses.replace(
-        NETWORKS[args.network], **{**(SMALL if args.small else {}), **chosen}
+        NETWORKS[args.network], **{**small, **_command.chosen(args, Settings)}
     )
-    try:
-        report = measure(make_case(settings), args.peer_python, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+    _command.finish(
+        lambda: measure(make_case(settings), args.peer_python, force=args.force), args.out
+    )
 
 
 if __name__ == "__main__":

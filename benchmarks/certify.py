@@ -26,12 +26,12 @@ import math
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+import _command
 import _common
 import autoattack
 import jax
@@ -44,7 +44,6 @@ from scipy import stats
 from jrobust import data, drive, loops, models, parallel, smoothing, training
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 FULL, LOW, PEER, PEER_LOW = (
     "jrobust, float32",
     "jrobust, bfloat16 votes",
@@ -349,16 +348,8 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
     load = _common.check_quiet(force=force)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        case.save(folder)
         with _common.Peer(peer_python, HERE / "_peer_certify.py") as peer:
-            opened = peer.ask(
-                "open",
-                folder=name,
-                settings=dataclasses.asdict(s),
-                network=case.network(),
-                variables=sorted(_common.flatten(case.variables)),
-                threads=os.cpu_count(),
-            )
+            opened = case.open(peer, folder)
             checks = same(case, peer, folder)
             _common.require(checks)
             first = ("--devices", str(jax.device_count()), "--first-call")
@@ -444,52 +435,36 @@ def _flags() -> list[str]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _command.parser(
+        "certify",
+        __doc__,
+        Settings,
+        small="few images, a ResNet-8: a minute",
+        peer="torch, numpy and scipy",
+    )
     parser.add_argument("--network", choices=tuple(NETWORKS), default="digits")
-    parser.add_argument("--small", action="store_true", help="few images, a ResNet-8: a minute")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "certify.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch, scipy and pyautoattack",
-    )
-    numbers = ("depth", "images", "copies", "check", "pilot", "rounds", "whole")
-    for name in numbers:
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("sigma", "alpha", "radius", "pairs"):
-        parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--devices", type=int, help="of the CPU; default one for every core")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
     parser.add_argument(
         "--first-call", nargs=3, metavar=("PROGRAM", "CASE", "CACHE"), help=argparse.SUPPRESS
     )
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
     # On a CPU, several devices of one thread are faster than one device of several threads.
     jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count() or 1)
     if args.first_call:
         program, folder, cache = args.first_call
         _common.start(cache)  # before anything is compiled
         case = Case.load(pathlib.Path(folder), Settings)
-        print(json.dumps(_common.time_first_call(case.programs[program], cache)))  # type: ignore[attr-defined]
+        print(json.dumps(_common.time_first_call(case.programs[program], cache)))
         return
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    small = SMALL[args.network] if args.small else {}
     settings = dataclasses.replace(
-        NETWORKS[args.network], **{**(SMALL[args.network] if args.small else {}), **chosen}
+        NETWORKS[args.network], **{**small, **_command.chosen(args, Settings)}
     )
     if jax.default_backend() != "cpu":
         settings = dataclasses.replace(settings, batches=GPU_BATCHES, copies=args.copies or 4096)
-    try:
-        report = measure(make_case(settings), args.peer_python, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+    _command.finish(
+        lambda: measure(make_case(settings), args.peer_python, force=args.force), args.out
+    )
 
 
 if __name__ == "__main__":

@@ -15,16 +15,15 @@ the others are timed on some of each layer, and the layers weighted. See the REA
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import os
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
 
+import _case
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -59,20 +58,20 @@ class Settings:
 SMALL = Settings(depth=8, batch=16, coordinates=256, layer=2, rounds=2)
 
 
-class Case:
+class Case(_case.Case):
     """The loss of a network, and coordinates of its kernels."""
 
     def __init__(self, settings: Settings) -> None:
-        s = self.settings = settings
-        self.case = pgd.make_case(pgd.Settings(depth=s.depth, batch=s.batch))
-        self.params = self.case.variables["params"]
-        self.x, self.y = self.case.x, self.case.y
-        rest = {name: part for name, part in self.case.variables.items() if name != "params"}
+        s = settings
+        case = pgd.make_case(pgd.Settings(depth=s.depth, batch=s.batch))
+        super().__init__(settings, case.variables, case.x, case.y)
+        self.module, self.params = case.module, case.variables["params"]
+        rest = {name: part for name, part in self.variables.items() if name != "params"}
 
         def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
             """In training mode, as zeroth-order training wants it."""
             how = {"train": True, "mutable": ["batch_stats"]}
-            logits, _ = self.case.module.apply({"params": params, **rest}, x, **how)
+            logits, _ = self.module.apply({"params": params, **rest}, x, **how)
             return losses.cross_entropy(logits, y).mean()
 
         self.loss = loss
@@ -128,17 +127,15 @@ class Case:
 
         return lambda i: run(self.params, self.x, self.y, jnp.asarray(i))
 
-    def save(self, folder: pathlib.Path) -> list[str]:
-        """Write what the peer needs; the names of the variables."""
-        variables = _common.flatten(self.case.variables)
-        places = {}
+    def arrays(self) -> dict[str, Any]:
+        """What the peer gets beside the network: its kernels' coordinates too."""
+        kernels, places = _common.flatten(self.params), {}
         for name, i in self.chosen.items():
-            place = np.stack(np.unravel_index(i, variables[f"params/{name}"].shape), -1)
+            place = np.stack(np.unravel_index(i, kernels[name].shape), -1)
             order = [3, 2, 0, 1] if place.shape[1] == 4 else [1, 0]
             kernel = name.rsplit("/", 1)[0].replace("/", ".")
             places[f"at/{kernel}"] = place[:, order]
-        np.savez(folder / "case.npz", x=self.x, y=self.y, **variables, **places)
-        return sorted(variables)
+        return {**super().arrays(), **places}
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -194,21 +191,10 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
         base = jax.block_until_ready(case.estimate())[0]
         calls.append(time.perf_counter() - begin)
     ours = case.quotients()
-    module = case.case.module
-    network = {
-        name: getattr(module, name) for name in ("depth", "classes", "widths", "mean", "std")
-    }
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        variables = case.save(folder)
         with _common.Peer(peer_python, HERE / "_peer_cge.py") as peer:
-            opened = peer.ask(
-                "open",
-                folder=name,
-                settings={**dataclasses.asdict(s), "network": network},
-                variables=variables,
-                threads=os.cpu_count(),
-            )
+            opened = case.open(peer, folder)
             theirs = {}
             for reuse in (False, True):
                 peer.ask("estimate", reuse=reuse, out="theirs.npz")
@@ -272,40 +258,24 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="ResNet-8, batch 16")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "cge.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=pgd.ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch and numpy",
+    parser = _command.parser(
+        "cge", __doc__, Settings, small="ResNet-8, batch 16", peer="torch and numpy"
     )
-    for name in ("depth", "batch", "coordinates", "layer", "chunk", "lanes", "rounds"):
-        parser.add_argument(f"--{name}", type=int)
     parser.add_argument(
         "--precision",
         choices=("highest", "tensorfloat32"),
         help="of products and convolutions, on both sides",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
     args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    settings = dataclasses.replace(SMALL if args.small else Settings(), **chosen)
+    settings = dataclasses.replace(
+        SMALL if args.small else Settings(), **_command.chosen(args, Settings)
+    )
     jax.config.update("jax_default_matmul_precision", settings.precision)
-    try:
-        report = measure(Case(settings), args.peer_python, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
+    report = _command.finish(
+        lambda: measure(Case(settings), args.peer_python, force=args.force), args.out
+    )
     epoch = report["settings"]["seconds_per_epoch_of_50000_at_90_percent"]
     print(f"an epoch of 50,000 examples at 90% sparsity, at this batch: {epoch:.0f} s")
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

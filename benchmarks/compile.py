@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -222,23 +222,11 @@ def measure(
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="SmallCNN on 8x8 images, batch 32")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=HERE / "out" / "compile.json",
-        help="the table goes beside it as .md",
-    )
+    parser = _command.parser("compile", __doc__, small="SmallCNN on 8x8 images, batch 32")
     parser.add_argument("--only", default="", help="programs whose name contains this")
     parser.add_argument("--rounds", type=int, default=1, help="of which the median is reported")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
     parser.add_argument("--one", nargs=2, metavar=("NAME", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    # Half of an accelerator's memory each; without effect on the CPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
     every = programs(args.small)
     if args.one:
         name, cache = args.one
@@ -248,15 +236,12 @@ def main() -> None:
     names = [name for name in every if args.only in name]
     if not names:
         parser.error(f"no program's name contains {args.only!r}: {', '.join(every)}")
-    try:
-        report = measure(names, small=args.small, rounds=args.rounds, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError) as error:
-        sys.exit(f"not reporting: {error}")
-    table = markdown(report)
-    print(table, end="")
-    _common.write(report, args.out)
-    args.out.with_suffix(".md").write_text(table)
-    print(f"written to {args.out}")
+    report = _command.finish(
+        lambda: measure(names, small=args.small, rounds=args.rounds, force=args.force),
+        args.out,
+        markdown,
+    )
+    args.out.with_suffix(".md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

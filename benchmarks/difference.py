@@ -6,14 +6,12 @@ tile of single weights under `vmap`. No peer: nothing else does this.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -135,26 +133,11 @@ def measure(case: Case, *, force: bool = False) -> dict[str, Any]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="ResNet-8, batch 8")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "difference.json")
-    for name in ("depth", "batch", "tile", "rounds"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
+    args = _command.parser("difference", __doc__, Settings, small="ResNet-8, batch 8").parse_args()
+    settings = dataclasses.replace(
+        SMALL if args.small else Settings(), **_command.chosen(args, Settings)
     )
-    args = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Settings)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    settings = dataclasses.replace(SMALL if args.small else Settings(), **chosen)
-    try:
-        report = measure(Case(settings), force=args.force)
-    except (_common.LoadedError, _common.DisagreementError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+    _command.finish(lambda: measure(Case(settings), force=args.force), args.out)
 
 
 if __name__ == "__main__":

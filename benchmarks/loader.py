@@ -8,16 +8,15 @@ same batch again and again. See the README beside this.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
 
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ from PIL import Image
 from jrobust import data, models, training
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 KINDS = {"folder": "PNG folder", "memory": "memory"}
 AGAIN, FED = "ResNet-18 step, one batch again", "ResNet-18 step, fed from the folder"
 
@@ -218,31 +216,17 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="2,000 images, batch 32: minutes")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "loader.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch, numpy and Pillow",
+    args = _command.parser(
+        "loader",
+        __doc__,
+        Settings,
+        small="2,000 images, batch 32: minutes",
+        peer="torch, numpy and Pillow",
+    ).parse_args()
+    settings = dataclasses.replace(
+        SMALL if args.small else Settings(), **_command.chosen(args, Settings)
     )
-    parser.add_argument("--batch", type=int, help="examples; default 128, small 32")
-    parser.add_argument("--side", type=int, help="pixels on each side; default 32")
-    parser.add_argument("--rounds", type=int, help="alternating rounds; default 7, small 3")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
-    )
-    args = parser.parse_args()
-    given = {k: getattr(args, k) for k in ("batch", "side", "rounds") if getattr(args, k)}
-    settings = dataclasses.replace(SMALL if args.small else Settings(), **given)
-    try:
-        report = measure(settings, args.peer_python, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+    _command.finish(lambda: measure(settings, args.peer_python, force=args.force), args.out, table)
 
 
 if __name__ == "__main__":

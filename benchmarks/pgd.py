@@ -16,12 +16,12 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
+import _case
+import _command
 import _common
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from jrobust.models import ResNet, bind
 from jrobust.threat import Linf
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 JROBUST, UNROLLED, PLAIN, PEER = (
     "jrobust.run",
     "JAX, unrolled",
@@ -59,16 +58,14 @@ SMALL = Settings(depth=8, batch=32, rounds=5)
 
 
 @dataclasses.dataclass
-class Case:
+class Case(_case.Case):
     """The examples, the network with its variables, the attack."""
 
     settings: Settings
-    variables: dict[str, Any]
-    x: jax.Array
-    y: jax.Array
 
     def __post_init__(self) -> None:
         s = self.settings
+        self.x, self.y = jnp.asarray(self.x), jnp.asarray(self.y)
         self.module = ResNet(s.depth, widths=s.widths)
         self.model = bind(self.module, self.variables)
         self.attack = attacks.PGD(Linf(s.eps), steps=s.steps, step_size=s.step_size, keep="last")
@@ -88,26 +85,9 @@ class Case:
         forward = _common.operations(self.model, self.x)
         return forward * (2 * self.settings.steps + 1)
 
-    def save(self, folder: pathlib.Path) -> None:
-        """Write what the peer and fresh processes need."""
-        np.savez(
-            folder / "case.npz",
-            x=self.x,
-            y=self.y,
-            start=self.start(),
-            **_common.flatten(self.variables),
-        )
-        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(self.settings)))
-
-    @classmethod
-    def load(cls, folder: pathlib.Path) -> Case:
-        """Read what :meth:`save` wrote."""
-        given = json.loads((folder / "settings.json").read_text())
-        settings = Settings(**{**given, "widths": tuple(given["widths"])})
-        with np.load(folder / "case.npz") as arrays:
-            case = dict(arrays)
-        x, y, _ = (jnp.asarray(case.pop(name)) for name in ("x", "y", "start"))
-        return cls(settings, jax.tree.map(jnp.asarray, _common.unflatten(case)), x, y)
+    def arrays(self) -> dict[str, Any]:
+        """What the peer gets beside the network."""
+        return {**super().arrays(), "start": self.start()}
 
 
 def make_case(settings: Settings) -> Case:
@@ -275,24 +255,8 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
     load = _common.check_quiet(force=force)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        case.save(folder)
         with _common.Peer(peer_python, HERE / "_peer_pgd.py") as peer:
-            opened = peer.ask(
-                "open",
-                folder=name,
-                settings={
-                    **dataclasses.asdict(s),
-                    "network": {
-                        "depth": s.depth,
-                        "classes": case.module.classes,
-                        "widths": s.widths,
-                        "mean": case.module.mean,
-                        "std": case.module.std,
-                    },
-                },
-                variables=sorted(_common.flatten(case.variables)),
-                threads=os.cpu_count(),
-            )
+            opened = case.open(peer, folder)
             checks, robust = same_peer(case, peer, folder)
             checks += same_programs(case)
             _common.require(checks)
@@ -345,47 +309,30 @@ def measure(case: Case, peer_python: pathlib.Path, *, force: bool = False) -> di
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="ResNet-8, batch 32: minutes")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "out" / "pgd.json")
-    parser.add_argument(
-        "--peer-python",
-        type=pathlib.Path,
-        default=ROOT / ".venv-peer" / "bin" / "python",
-        help="interpreter of an environment with torch and numpy",
+    parser = _command.parser(
+        "pgd", __doc__, Settings, small="ResNet-8, batch 32: minutes", peer="torch and numpy"
     )
     parser.add_argument(
         "--precision",
         choices=("highest", "tensorfloat32"),
-        default="highest",
         help="of products and convolutions on the way, on both sides; verdicts are in the highest",
-    )
-    parser.add_argument("--batch", type=int, help="examples; default 128, small 32")
-    parser.add_argument("--rounds", type=int, help="alternating rounds; default 7, small 5")
-    parser.add_argument(
-        "--force", action="store_true", help="report on a busy machine too, marked as loaded"
     )
     parser.add_argument(
         "--first-call", nargs=3, metavar=("PROGRAM", "CASE", "CACHE"), help=argparse.SUPPRESS
     )
     args = parser.parse_args()
-    # Half of an accelerator's memory each; without effect on the CPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
-    jax.config.update("jax_default_matmul_precision", args.precision)
+    settings = dataclasses.replace(
+        SMALL if args.small else Settings(), **_command.chosen(args, Settings)
+    )
+    jax.config.update("jax_default_matmul_precision", settings.precision)
     if args.first_call:
         program, folder, cache = args.first_call
-        case = Case.load(pathlib.Path(folder))
+        case = Case.load(pathlib.Path(folder), Settings)
         print(json.dumps(_common.time_first_call(case.programs[program], cache)))
         return
-    given = {k: getattr(args, k) for k in ("batch", "rounds", "precision") if getattr(args, k)}
-    settings = dataclasses.replace(SMALL if args.small else Settings(), **given)
-    try:
-        report = measure(make_case(settings), args.peer_python, force=args.force)
-    except (_common.LoadedError, _common.DisagreementError, FileNotFoundError) as error:
-        sys.exit(f"not reporting: {error}")
-    print(_common.table(report))
-    _common.write(report, args.out)
-    print(f"written to {args.out}")
+    _command.finish(
+        lambda: measure(make_case(settings), args.peer_python, force=args.force), args.out
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import _command  # noqa: E402
 import _common  # noqa: E402
 import attacks as pairs  # noqa: E402
 import autoattack  # noqa: E402
@@ -143,7 +144,7 @@ def test_the_start_is_that_of_the_attack(case):
 
 def test_a_case_survives_the_disk(case, tmp_path):
     case.save(tmp_path)
-    again = pgd.Case.load(tmp_path)
+    again = pgd.Case.load(tmp_path, pgd.Settings)
     assert again.settings == case.settings
     assert jax.tree.structure(again.variables) == jax.tree.structure(case.variables)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.variables, case.variables))
@@ -293,6 +294,34 @@ def test_sides_that_disagree_are_refused():
     for value in (0.2, float("nan")):
         with pytest.raises(_common.DisagreementError, match="logits"):
             _common.require([_common.check("logits", value, 0.1)])
+
+
+# --- the command line
+
+
+def test_numbers_of_the_settings_are_options(tmp_path):
+    parser = _command.parser("toy", "What.\n\nMore.", cge.Settings, small="fewer", peer="torch")
+    args = parser.parse_args(["--chunk", "3", "--mu", "1e-2", "--peer-python", "python"])
+    assert _command.chosen(args, cge.Settings) == {"chunk": 3, "mu": 0.01}
+    assert (args.small, args.force, args.out.name) == (False, False, "toy.json")
+    assert args.peer_python == pathlib.Path("python")
+    assert parser.description == "What."
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--precision", "highest"])
+
+
+def test_a_report_is_written_or_its_lack_explained(tmp_path, capsys):
+    out = tmp_path / "toy.json"
+
+    def busy():
+        raise _common.LoadedError("too busy")
+
+    with pytest.raises(SystemExit, match="not reporting: too busy"):
+        _command.finish(busy, out)
+    assert not out.exists()
+    made = _command.finish(lambda: _report(_common.Load()), out)
+    assert json.loads(out.read_text()) == made
+    assert f"{_common.table(made)}\nwritten to {out}\n" == capsys.readouterr().out
 
 
 # --- compile time

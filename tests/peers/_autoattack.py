@@ -13,7 +13,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _peer_pgd
+import _peer_networks
 
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
@@ -77,4 +77,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

@@ -5,6 +5,7 @@ those of the whole batch. Runs in the peers' environment: foolbox, torch, numpy.
 """
 
 import _autoattack
+import _peer_networks
 import numpy as np
 import torch
 from foolbox import PyTorchModel, attacks, criteria
@@ -53,4 +54,4 @@ class Session(_autoattack.Session):
 
 
 if __name__ == "__main__":
-    _autoattack._peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

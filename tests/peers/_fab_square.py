@@ -4,6 +4,7 @@ Runs in the peers' environment: pyautoattack, torch, numpy.
 """
 
 import _autoattack
+import _peer_networks
 import numpy as np
 import torch
 from pyautoattack import fab_projections
@@ -57,4 +58,4 @@ class Session(_autoattack.Session):
 
 
 if __name__ == "__main__":
-    _autoattack._peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

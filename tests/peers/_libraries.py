@@ -20,6 +20,7 @@ from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import _peer_networks
 import _peer_pgd
 
 
@@ -151,4 +152,4 @@ def bisect(x, x0, eps, p):
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

@@ -8,7 +8,7 @@ import sys
 import unittest.mock
 
 import _libraries
-import _peer_pgd
+import _peer_networks
 import numpy as np
 import torch
 
@@ -62,4 +62,4 @@ class Session(_libraries.Session):
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

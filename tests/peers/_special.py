@@ -1,7 +1,7 @@
 """JSMA of torchattacks, rotations and translations of foolbox, driven by JSON lines."""
 
 import _libraries
-import _peer_pgd
+import _peer_networks
 import eagerpy
 import foolbox
 import numpy as np
@@ -42,4 +42,4 @@ class Session(_libraries.Session):
 
 
 if __name__ == "__main__":
-    _peer_pgd.serve(Session())
+    _peer_networks.serve(Session())

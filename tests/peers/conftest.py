@@ -3,8 +3,6 @@
 Nothing here is skipped: where a library is missing, every test fails and says which.
 """
 
-import dataclasses
-import os
 import pathlib
 import sys
 
@@ -65,18 +63,6 @@ def case():
 @pytest.fixture(scope="session")
 def peers(case, tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
-    case.save(folder)
-    module = case.module
-    network = {"depth": SETTINGS.depth, "classes": module.classes, "widths": SETTINGS.widths}
     with Peers(folder) as process:
-        process.ask(
-            "open",
-            folder=str(folder),
-            settings={
-                **dataclasses.asdict(SETTINGS),
-                "network": {**network, "mean": module.mean, "std": module.std},
-            },
-            variables=sorted(_common.flatten(case.variables)),
-            threads=os.cpu_count(),
-        )
+        case.open(process, folder)
         yield process

@@ -1,7 +1,6 @@
 """Votes and radii of the published procedure, a plain PyTorch loop, on the same weights."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 
@@ -39,16 +38,8 @@ def digits():
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("certify")
     case = digits() if request.param == "digits" else certify.make_case(RESNET)
-    case.save(folder)
     with _common.Peer(PYTHON, BENCHMARKS / "_peer_certify.py") as peer:
-        peer.ask(
-            "open",
-            folder=str(folder),
-            settings=dataclasses.asdict(case.settings),
-            network=case.network(),
-            variables=sorted(_common.flatten(case.variables)),
-            threads=os.cpu_count(),
-        )
+        case.open(peer, folder)
         yield case, peer, folder
 
 

@@ -115,4 +115,4 @@ def test_bumps_and_schedule_are_theirs(peer, folder):  # noqa: F811
             assert max(apart) > 1e-2
     share = np.asarray(theirs["p"])
     want = np.clip(np.round(np.sqrt(share * 32 * 32)), 1, 32)
-    np.testing.assert_array_equal(side(np.float32(0.8), jnp.arange(9000), 32, 32, np.inf), want)
+    np.testing.assert_array_equal(side(np.float32(0.8), jnp.arange(9000), (32, 32), np.inf), want)

@@ -5,8 +5,6 @@ points up to rounding; distances are compared example by example all the same, b
 decision that rounds the other way sends the rest of the path elsewhere.
 """
 
-import dataclasses
-import os
 import pathlib
 import sys
 
@@ -104,20 +102,9 @@ PAIRS = {
 @pytest.fixture(scope="module")
 def libraries(peers, case):
     """Like ``peers``, with the attacks of adv-lib too."""
-    module, settings = case.module, case.settings
-    network = {"depth": settings.depth, "classes": module.classes, "widths": settings.widths}
     python = ROOT / ".venv-peer" / "bin" / "python"
     with _common.Peer(python, pathlib.Path(__file__).parent / "_minimal.py") as process:
-        process.ask(
-            "open",
-            folder=str(peers.folder),
-            settings={
-                **dataclasses.asdict(settings),
-                "network": {**network, "mean": module.mean, "std": module.std},
-            },
-            variables=sorted(_common.flatten(case.variables)),
-            threads=os.cpu_count(),
-        )
+        case.open(process, peers.folder)
         yield process
 
 

@@ -1,7 +1,5 @@
 """JSMA against torchattacks, rotations and translations against foolbox, on the same weights."""
 
-import dataclasses
-import os
 import pathlib
 
 import _common
@@ -23,21 +21,10 @@ EXAMPLES, PAIRS, SIZE = 16, 10, 16
 @pytest.fixture(scope="module")
 def libraries(peers, case):
     """Like ``peers``, with the attacks of this file."""
-    module, settings = case.module, case.settings
-    network = {"depth": settings.depth, "classes": module.classes, "widths": settings.widths}
     here = pathlib.Path(__file__).resolve().parent
     python = here.parents[1] / ".venv-peer" / "bin" / "python"
     with _common.Peer(python, here / "_special.py") as process:
-        process.ask(
-            "open",
-            folder=str(peers.folder),
-            settings={
-                **dataclasses.asdict(settings),
-                "network": {**network, "mean": module.mean, "std": module.std},
-            },
-            variables=sorted(_common.flatten(case.variables)),
-            threads=os.cpu_count(),
-        )
+        case.open(process, peers.folder)
         yield process
 
 
