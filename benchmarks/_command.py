@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,9 @@ def parser(
         )
     hints = typing.get_type_hints(settings) if settings else {}
     for name, hint in hints.items():
-        for kind in typing.get_args(hint) or (hint,):
-            if kind in (int, float):
-                made.add_argument(f"--{name.replace('_', '-')}", type=kind)
+        kind, *_ = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if kind in (int, float):
+            made.add_argument(f"--{name.replace('_', '-')}", type=kind)
     return made
 
 

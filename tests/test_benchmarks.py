@@ -300,6 +300,8 @@ def test_sides_that_disagree_are_refused():
 
 
 def test_numbers_of_the_settings_are_options(tmp_path):
+    for settings in (pgd.Settings, pairs.Settings, difference.Settings):
+        _command.parser("toy", "What.", settings, small="fewer")
     parser = _command.parser("toy", "What.\n\nMore.", cge.Settings, small="fewer", peer="torch")
     args = parser.parse_args(["--chunk", "3", "--mu", "1e-2", "--peer-python", "python"])
     assert _command.chosen(args, cge.Settings) == {"chunk": 3, "mu": 0.01}
