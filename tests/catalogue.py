@@ -69,7 +69,7 @@ from jrobust.training import (
     Stability,
     Standard,
 )
-from jrobust.zeroth_order import CGE, RGE
+from jrobust.zeroth_order import CGE, RGE, Hybrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,12 +278,14 @@ NOISES = [
 ESTIMATORS = [
     Part("CGE", "zeroth_order", CGE, (1e-2, 2e-2)),
     Part("RGE", "zeroth_order", lambda mu: RGE(mu, 4), (1e-2, 2e-2)),
+    Part("Hybrid", "zeroth_order", lambda mu: Hybrid(CGE(mu), RGE(mu, 4), 4), (1e-2, 2e-2)),
 ]
 
 # Public names of those rooms that are no algorithms.
 OTHERS = {
     "training": {
-        "EMA", "SWA", "Averaging", "Batch", "DenoisedStability", "Denoising", "Objective", "State",
+        "EMA", "SWA", "Averaging", "Batch", "DenoisedStability", "Denoising", "Objective",
+        "RedrawnMask", "Scheduled", "State",
         "ZerothOrder", "adversarial_examples", "batch", "guarded", "step", "update_statistics",
         "zeroth_order_step",
     },
@@ -296,7 +298,7 @@ OTHERS = {
     "zeroth_order": {
         "HTTP", "SVRG", "ActivationCGE", "Anchor", "BlackBox", "BudgetExceeded",
         "DifferenceWarning", "Estimator", "HiZOO", "Ledger", "MeZO", "MeZOStep", "OneHot",
-        "Service", "Subprocess", "difference", "differencer", "grasp", "grasp_ratios", "one_point",
-        "redraw", "surrogate", "value_and_grad",
+        "Service", "Stein", "Subprocess", "difference", "differencer", "grasp", "grasp_ratios",
+        "one_point", "redraw", "sparse_grid", "stein", "surrogate", "value_and_grad",
     },
 }  # fmt: skip

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from jrobust.models._restoration import Autoencoder, DnCNN
     from jrobust.models._robustbench import robustbench
+    from jrobust.models._tensor_train import TensorTrainDense, tensor_train
     from jrobust.models._vit import ViT
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "SmallCNN",
     "StraightThrough",
     "Summary",
+    "TensorTrainDense",
     "ViT",
     "WideResNet",
     "adaptive_weight",
@@ -85,6 +87,7 @@ __all__ = [
     "smoothing_noise",
     "straight_through",
     "summary",
+    "tensor_train",
     "to_safetensors",
     "unroll",
 ]
@@ -96,6 +99,7 @@ _FLAX = {
         ("MoEResNet18", "PreActResNet18", "ResNet18", "ResNet50", "WideResNet"), "_resnets"
     ),
     **dict.fromkeys(("Autoencoder", "DnCNN"), "_restoration"),
+    **dict.fromkeys(("TensorTrainDense", "tensor_train"), "_tensor_train"),
     "ViT": "_vit",
     "robustbench": "_robustbench",
 }

@@ -4,7 +4,8 @@ An estimator is called ``estimator(key, fn, x, mask=None, has_aux=False) -> (val
 :class:`CGE` goes coordinate by coordinate, :class:`RGE` along random directions,
 :func:`value_and_grad` gives either the calling convention of ``jax.value_and_grad``, and
 :func:`surrogate` lets ``jax.grad`` pass through a function that has no useful derivative.
-:func:`differencer` computes f(x + dx) - f(x) itself, without cancellation. :class:`BlackBox`
+:func:`differencer` computes f(x + dx) - f(x) itself, without cancellation, and :func:`stein` the
+derivatives of a smoothed function from its values at the nodes of a sparse grid. :class:`BlackBox`
 asks a function, a process or a server, counting and keeping every answer.
 """
 
@@ -26,9 +27,11 @@ from jrobust.zeroth_order._difference import (
     differencer,
 )
 from jrobust.zeroth_order._estimator import Estimator
+from jrobust.zeroth_order._hybrid import Hybrid
 from jrobust.zeroth_order._mezo import MeZO, MeZOStep
 from jrobust.zeroth_order._random import RGE, one_point
 from jrobust.zeroth_order._sparsity import grasp, grasp_ratios, redraw
+from jrobust.zeroth_order._stein import Stein, sparse_grid, stein
 from jrobust.zeroth_order._svrg import SVRG, Anchor
 from jrobust.zeroth_order._transforms import surrogate, value_and_grad
 
@@ -44,11 +47,13 @@ __all__ = [
     "DifferenceWarning",
     "Estimator",
     "HiZOO",
+    "Hybrid",
     "Ledger",
     "MeZO",
     "MeZOStep",
     "OneHot",
     "Service",
+    "Stein",
     "Subprocess",
     "difference",
     "differencer",
@@ -56,6 +61,8 @@ __all__ = [
     "grasp_ratios",
     "one_point",
     "redraw",
+    "sparse_grid",
+    "stein",
     "surrogate",
     "value_and_grad",
 ]
