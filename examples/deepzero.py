@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,6 +75,14 @@ def ratios(args: argparse.Namespace, network: models.Network, train: data.Datase
     return zeroth_order.grasp_ratios(score(key, params), args.keep)
 
 
+def queries(objective: training.Objective, state: training.State) -> int:
+    """Forward passes of a step from which an estimate is made."""
+    if not isinstance(objective, training.ZerothOrder):
+        return 0
+    mask = objective.mask and objective.mask.at_step(state)
+    return objective.estimator.queries(state.params, mask)
+
+
 @dataclasses.dataclass
 class Run:
     """What a way to train has come to."""
@@ -90,14 +97,13 @@ def train(
     args: argparse.Namespace,
     network: models.Network,
     sets: tuple[data.Dataset, data.Dataset],
-    pair: tuple[Callable[..., Any], Callable[..., Any]],
-    queries: Callable[[Any], int],
+    objective: training.Objective,
     steps: int,
 ) -> Run:
-    init, update = pair
+    init, update = training.step(objective, optimiser(args))
     update = jax.jit(update, donate_argnums=0)
     state = init(jax.random.key(args.seed), network, jnp.asarray(sets[0].x[:1]))
-    run = Run(queries(state.params), 0.0, {}, [])
+    run = Run(queries(objective, state), 0.0, {}, [])
     for step, batch in enumerate(batches(jax.random.key(7), sets[0], args.batch_size, steps), 1):
         if step == 2:  # the first compiles
             begin = time.perf_counter()
@@ -123,41 +129,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     add("--keep", type=float, default=0.1, help="share of the weights in a mask")
     add("--grasp-directions", type=int, default=192)
     add("--grasp-examples", type=int, default=25, help="of each class")
-    add("--ways", nargs="+", help="of: backpropagation CGE DeepZero RGE; default all of them")
+    ways = ("backpropagation", "CGE", "DeepZero", "RGE")
+    add("--ways", nargs="+", choices=ways, help="default all of them; DeepZero for resnet20")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     model, *sets = network(args)
     shape = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(sets[0].x[:1]))[0]
     size = sum(leaf.size for leaf in jax.tree.leaves(shape))
-    default = (
-        ["DeepZero"]
-        if args.network == "resnet20"
-        else ["backpropagation", "CGE", "DeepZero", "RGE"]
-    )
+    default = ("DeepZero",) if args.network == "resnet20" else ways
     print(f"{args.network}: {size:,} parameters, {len(sets[0])} examples")
 
-    objective, tx = training.Standard(), optimiser(args)
+    standard = training.Standard()
     cge = zeroth_order.CGE(MU, central=False)
     rge = zeroth_order.RGE(MU, size)
     runs, each = {}, len(sets[0]) // args.batch_size
     for way in args.ways or default:
         steps = args.rge_steps if way == "RGE" else args.steps
-        shares = ratios(args, model, sets[0]) if way == "DeepZero" else None
-        if way == "backpropagation":
-            pair, queries = training.step(objective, tx), lambda params: 0
+        objective: training.Objective = standard
+        if way == "CGE":
+            objective = training.ZerothOrder(standard, cge)
         elif way == "RGE":
-            pair, queries = training.zeroth_order_step(objective, tx, rge), rge.queries
-        else:
-            pair = training.zeroth_order_step(
-                objective, tx, cge, ratios=shares, every=EPOCHS_OF_A_MASK * each
-            )
-
-            def queries(params: Any, shares: Any = shares) -> int:
-                if shares is None:
-                    return cge.queries(params)
-                return cge.queries(params, zeroth_order.redraw(jax.random.key(0), params, shares))
-
-        runs[way] = train(args, model, tuple(sets), pair, queries, steps)
+            objective = training.ZerothOrder(standard, rge)
+        elif way == "DeepZero":
+            shares = ratios(args, model, sets[0])
+            mask = training.RedrawnMask(shares, EPOCHS_OF_A_MASK * each)
+            objective = training.ZerothOrder(standard, cge, mask)
+        runs[way] = train(args, model, tuple(sets), objective, steps)
         print(f"{way}: loss {runs[way].loss[-1]:.4g}", flush=True)
     rows = [
         [

@@ -40,7 +40,7 @@ from jrobust.zeroth_order import CGE
 
 B, D, C, M, T = 6, 5, 3, 3, 4
 KEY = jax.random.key(3)
-SIGMA, EPS, ALPHA = 0.4, 0.3, 0.35
+SIGMA, EPS, ALPHA, REACH = 0.4, 0.3, 0.35, 0.6
 RNG = np.random.default_rng(0)
 X = np.float32(RNG.uniform(size=(B, D)))
 Y = np.array([0, 1, 2, 0, 1, 2])
@@ -82,7 +82,7 @@ OBJECTIVES = {
     "MACER": MACER(NOISE, lbd=2.0, gamma=2.5, beta=1.9, samples=M),
     "SmoothAdv": SmoothAdv(NOISE, PGD_L2, M),
     "SmoothMix": SmoothMix(NOISE, alpha=ALPHA, eta=2.0, steps=T, samples=M),
-    "SmoothMix-1": SmoothMix(NOISE, ALPHA, 2.0, steps=2, samples=M, one_step=True),
+    "SmoothMix-1": SmoothMix(NOISE, ALPHA, 2.0, steps=2, samples=M, one_step=True, reach=REACH),
     "CATRS": CATRS(NOISE, TABLE, lbd=1.5, eps=EPS, steps=T, samples=M),
     "CATRS-own": CATRS(NOISE, lbd=1.5, eps=EPS, steps=1, samples=M),
 }
@@ -232,9 +232,10 @@ def smoothadv(p):
     return ce(train(p, ATTACKED[:, None] + E), Y[:, None]).mean(1)
 
 
-def smoothmix(first, steps):
-    x = walk(X64, first)
-    far = walk(x, steps - first)
+def smoothmix(first, steps, reach=1.0):
+    start = walk(X64, first)
+    far = walk(start, steps - first)
+    x = into_ball(start, X64, reach * ALPHA)
 
     def loss(p):
         z = train(p, x[:, None] + E)
@@ -267,7 +268,7 @@ def catrs(soft, steps):
 
 
 OWN = np.exp(log_softmax(train(P64, X64[:, None] + E))).mean(1)
-MIX, MIX1 = smoothmix(0, T), smoothmix(1, 2)
+MIX, MIX1 = smoothmix(0, T), smoothmix(1, 2, REACH)
 CAT, CAT1 = catrs(np.float64(TABLE)[IDS], T), catrs(OWN, 1)
 FORMULAS = {
     "NoiseAugmentation": plain,
@@ -348,7 +349,8 @@ def test_the_key_decides_all_noise_and_numbers_are_leaves(name):
     assert jax.tree.structure(traced) == jax.tree.structure(OBJECTIVES[name])
     expected = {"NoiseAugmentation": 1, "Stability": 2, "Consistency": 3, "MACER": 4}
     expected |= {"SmoothAdv": 5, "CATRS": 4, "CATRS-own": 3}  # with eps, lo, hi, step size
-    assert len(jax.tree.leaves(traced)) == expected.get(name, 5)
+    expected |= {"SmoothMix": 6, "SmoothMix-1": 6}
+    assert len(jax.tree.leaves(traced)) == expected[name]
 
 
 def test_copies_are_the_samples_of_the_certificate():
@@ -429,6 +431,28 @@ def test_catrs_keeps_a_binomial_number_of_terms():
     _, (_, metrics) = jax.jit(lambda b: objective(KEY, side, {}, {}, b))(batch)
     assert abs(metrics["confident"] - 3 / 8) < 4 * np.sqrt(3 / 8 * 5 / 8 / n)
     assert abs(metrics["accuracy"] - 1 / 2) < 4 * np.sqrt(1 / 8 / n)
+
+
+def test_catrs_takes_its_mask_from_the_predictions():
+    """The model is always wrong; half the inputs have confidence 1, the others 0.6: of two copies
+    both count, in any case and with chance 0.36; of one the smaller loss alone."""
+    n = 4000
+    wrong = Network(
+        lambda key, x: ({}, {}),
+        lambda params, extra, x: jnp.stack([-9 - x[:, 0], 9 + x[:, 0]], 1),
+        lambda params, extra, key, x: (jnp.stack([-9 - x[:, 0], 9 + x[:, 0]], 1), extra),
+        lambda *_: {},
+    )
+    table = np.float32(np.tile([[1.0, 0.0], [0.6, 0.4]], (n // 2, 1)))
+    objective = CATRS(Gaussian(1.0), table, 0.0, steps=1, samples=2, confidence_mask=True)
+    batch = training.batch(np.zeros((n, 2), np.float32), np.zeros(n, int))
+    value, (_, metrics) = jax.jit(lambda b: objective(KEY, wrong, {}, {}, b))(batch)
+    assert metrics["accuracy"] == 0
+    share = (1 + 0.36) / 2
+    assert abs(metrics["confident"] - share) < 4 * np.sqrt(0.36 * 0.64 / 2 / n)
+    # A loss is 18 + 2 e with e standard normal; the smaller of two e is -1 / sqrt(pi) on average.
+    expected = share * 18 + (1 - share) * (18 - 2 / np.sqrt(np.pi)) / 2
+    assert abs(value - expected) < 4 * 6.5 / np.sqrt(n)
 
 
 def test_catrs_refuses_to_guess_predictions_it_has_not():
@@ -613,6 +637,11 @@ MISTAKES = {
         "larger than the whole box",
     ),
     "no move": (lambda: check(SmoothMix(NOISE, alpha=0.0)), ValueError, "alpha must be positive"),
+    "a reach beyond the move": (
+        lambda: check(SmoothMix(NOISE, one_step=True, reach=1.5)),
+        ValueError,
+        "reach must lie in [0, 1]",
+    ),
     "one step of one": (
         lambda: check(SmoothMix(NOISE, steps=1, one_step=True)),
         ValueError,
@@ -623,6 +652,11 @@ MISTAKES = {
         lambda: check(CATRS(NOISE, TABLE[:, :2])),
         ValueError,
         f"shape (N, {C})",
+    ),
+    "a mask of no predictions": (
+        lambda: check(CATRS(NOISE, confidence_mask=True)),
+        ValueError,
+        "pass predictions= too",
     ),
     "counts for predictions": (lambda: check(CATRS(NOISE, 7 * TABLE)), ValueError, "sum to 1"),
     "no classifier": (

@@ -8,10 +8,11 @@ from jrobust.training._objectives import (
     Standard,
     adversarial_examples,
 )
+from jrobust.training._schedule import Scheduled
 from jrobust.training._smoothed import MACER, Consistency, NoiseAugmentation, Stability
 from jrobust.training._smoothed_attacks import CATRS, SmoothAdv, SmoothMix
 from jrobust.training._step import Batch, Objective, State, batch, guarded, step
-from jrobust.training._zeroth_order import ZerothOrder, zeroth_order_step
+from jrobust.training._zeroth_order import RedrawnMask, ZerothOrder, zeroth_order_step
 
 __all__ = [
     "CATRS",
@@ -27,6 +28,8 @@ __all__ = [
     "Denoising",
     "NoiseAugmentation",
     "Objective",
+    "RedrawnMask",
+    "Scheduled",
     "SmoothAdv",
     "SmoothMix",
     "Stability",

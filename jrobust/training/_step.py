@@ -72,6 +72,10 @@ class Objective(Protocol):
 
     It may have ``check(x, y, classes)`` too, which reads values and raises where a setting or an
     input makes no sense: ``jrobust.loops.fit`` calls it before any compute.
+
+    It may change over training. Where the objective, or a part of it (a node of its pytree), has a
+    method ``at_step(state)``, every update puts what that returns in its place, traced with the
+    :class:`State` that the update begins with; see :class:`Scheduled` and :class:`RedrawnMask`.
     """
 
     def __call__(
@@ -117,6 +121,17 @@ class State:
         if self.average is None:
             return self.params, self.extra
         return Averaging.weights(self.average)
+
+
+def current(objective: Objective, state: State) -> Objective:
+    """The objective of the update that begins with ``state``."""
+
+    def changes(part: Any) -> bool:
+        return hasattr(part, "at_step")
+
+    return jax.tree.map(
+        lambda part: part.at_step(state) if changes(part) else part, objective, is_leaf=changes
+    )
 
 
 @jax.jit
@@ -233,9 +248,10 @@ def step(
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
         _check(batch)
         key = jax.random.fold_in(state.key, state.step)
+        now = current(objective, state)
 
         def loss(params: Any, extra: Any, batch: Batch) -> tuple[Array, tuple[Any, Metrics]]:
-            return objective(key, state.network, params, extra, batch)
+            return now(key, state.network, params, extra, batch)
 
         whole = state.params, state.extra, batch
         if accumulate == 1:

@@ -8,16 +8,45 @@ import jax
 import optax
 
 from jrobust import zeroth_order
-from jrobust._algorithm import algorithm
+from jrobust._algorithm import algorithm, static
 from jrobust.models import Network
 from jrobust.training._averaging import Averaging
 from jrobust.training._step import Batch, Init, Metrics, Objective, State, Update, step
-from jrobust.zeroth_order._sparsity import redraw
 
 Array = jax.Array
 
 # Objectives branch the key of a step by small indices, augmentations above these.
 _DIRECTIONS, _MASKS = 1 << 27, 1 << 28
+
+
+@algorithm
+class RedrawnMask:
+    """A mask of :class:`ZerothOrder` that is drawn anew every so many steps.
+
+    Its draws follow from the run's key and the step: the same share of each array in other places,
+    so that nothing compiles again.
+
+    Args:
+        ratios: tree like the parameters of Python floats in [0, 1], the share of each array, for
+            instance of ``zeroth_order.grasp_ratios``.
+        every: steps from one mask to the next, >= 1.
+    """
+
+    ratios: Any = static()
+    every: int = static(default=1)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` unless ``every`` is a number of steps."""
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be an int >= 1, got {self.every!r}")
+
+    def at_step(self, state: State) -> Any:
+        """The mask of the step that begins with ``state``: indices, as the estimators take them.
+
+        Raises ``TypeError`` or ``ValueError`` for ratios that do not fit the parameters.
+        """
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _MASKS), state.step // self.every)
+        return zeroth_order.redraw(key, state.params, self.ratios)
 
 
 @algorithm
@@ -35,8 +64,8 @@ class ZerothOrder:
             same each time.
         estimator: an estimator of ``jrobust.zeroth_order``, such as ``CGE(5e-3, central=False)`` or
             ``RGE(1e-3, 64)``.
-        mask: which parameters the gradient is of, as the estimators take it; the others have
-            gradient zero. None for all.
+        mask: which parameters the gradient is of, as the estimators take it, or a
+            :class:`RedrawnMask`; the others have gradient zero. None for all.
     """
 
     objective: Objective
@@ -47,6 +76,8 @@ class ZerothOrder:
         """Raise where a setting makes no sense for ``x``; see :class:`Objective`."""
         _check(self.objective, self.estimator)
         self.estimator.check()
+        if isinstance(self.mask, RedrawnMask):
+            self.mask.check()
         if hasattr(self.objective, "check"):
             self.objective.check(x, y, classes)
 
@@ -82,11 +113,10 @@ def zeroth_order_step(
     average: Averaging | None = None,
     accumulate: int = 1,
 ) -> tuple[Init, Update]:
-    """:func:`step` without backpropagation: the same state, batches and metrics.
+    """:func:`step` of :class:`ZerothOrder`: the same state, batches and metrics.
 
-    With ``ratios`` a share of the parameters is estimated at each step, drawn anew from the run's
-    key every so many steps: the same counts in other places, so that nothing compiles again. What
-    is left out has gradient zero; a momentum or weight decay of ``tx`` still moves it.
+    With ``ratios`` a share of the parameters is estimated at each step, in a :class:`RedrawnMask`.
+    What is left out has gradient zero; a momentum or weight decay of ``tx`` still moves it.
 
     DeepZero (Chen et al. 2024) is ``CGE(5e-3, central=False)``, the ratios of
     ``zeroth_order.grasp_ratios``, a new mask every 5 epochs, and
@@ -97,9 +127,7 @@ def zeroth_order_step(
             ZO-Adam and ZO-AdaMM are ``optax.sgd``, ``optax.sign_sgd``,
             ``optax.sgd(..., momentum=0.9)``, ``optax.adam`` and ``optax.amsgrad``.
         estimator: see :class:`ZerothOrder`.
-        ratios: tree like the parameters of Python floats in [0, 1], the share of each array; None
-            for all of every one.
-        every: steps from one mask to the next, >= 1.
+        ratios, every: see :class:`RedrawnMask`; no mask where ``ratios`` is None.
 
     Raises:
         TypeError: if ``estimator`` is not an instance of one; and as :func:`step` does.
@@ -107,22 +135,10 @@ def zeroth_order_step(
             ``update``.
     """
     _check(objective, estimator)
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an int >= 1, got {every!r}")
-
-    def whole(mask: Any) -> tuple[Init, Update]:
-        wrapped = ZerothOrder(objective, estimator, mask)
-        return step(wrapped, tx, average=average, accumulate=accumulate)
-
-    init, dense = whole(None)
-    if ratios is None:
-        return init, dense
-
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, _MASKS), state.step // every)
-        return whole(redraw(key, state.params, ratios))[1](state, batch)
-
-    return init, update
+    mask = RedrawnMask(ratios, every)
+    mask.check()
+    wrapped = ZerothOrder(objective, estimator, None if ratios is None else mask)
+    return step(wrapped, tx, average=average, accumulate=accumulate)
 
 
 def _check(objective: Any, estimator: Any) -> None:
