@@ -182,7 +182,7 @@ class Report:
             ["noisy copies that voted", found.votes],
             [
                 "of these rejected as not finite",
-                int(found.select_counts[:, -1].sum() + found.estimate_counts[:, -1].sum()),
+                int(found.select_counts[..., -1].sum() + found.estimate_counts[..., -1].sum()),
             ],
         ]
         if found.disagreements is not None:

@@ -178,6 +178,13 @@ def test_stopping_at_the_best_moment():
 # Stages
 
 
+def test_small_integers_add_up_over_stages():
+    """Votes in uint8, as a log holds them, are not added up in it."""
+    votes = np.array([[0, 200, 0]], np.uint8)
+    made = smoothing.certify_staged([1], lambda *_: votes, NOISE, 0.01, stages=(200, 400, 600))
+    assert made.n.tolist() == made.count.tolist() == [600]
+
+
 class Votes:
     """Binomial votes of inputs with known p, drawn in advance so that prefixes are prefixes."""
 
@@ -408,6 +415,42 @@ def test_plan_of_stages_and_voters():
     assert smoothing.plan(Masking(10, 100), 1000, 0.001).norm == "L0"
 
 
+@pytest.mark.parametrize(("top", "two_bounds"), [(1, True), (2, False), (2, True)])
+def test_plan_of_other_rules(top, two_bounds):
+    """Ceiling, votes that are needed and samples: what certify says of the same counts."""
+    how, n, classes, alpha = {"top": top, "two_bounds": two_bounds}, 1000, 5, 0.01
+    plan = smoothing.plan(NOISE, n, alpha, classes=classes, **how)
+    q = 1 - (alpha / 2 if two_bounds else alpha) ** (1 / n)
+    assert plan.ceiling == pytest.approx((z(q) + z(q / top)) / 2, rel=1e-9)
+    assert plan.ceiling == smoothing.ceiling(NOISE, n, alpha, **how)
+    best = smoothing.certify([0], [[n, 0, 0, 0, 0, 0]], NOISE, alpha, **how).radius[0]
+    assert plan.ceiling * (1 - 1e-9) < best <= plan.ceiling
+    for count, answer in ((plan.least, 0), (plan.least - 1, -1)):
+        rest = [(n - count) // 5 + (i < (n - count) % 5) for i in range(5)]
+        made = smoothing.certify([0], [[count, *rest]], NOISE, alpha, **how)
+        assert made.prediction.tolist() == [answer]
+    assert plan.least < n / 2, "no majority is needed"
+    fewest = smoothing.plan(NOISE, n, alpha, **how)
+    assert fewest.least >= plan.least, "without classes as many as are ever needed"
+    needed = smoothing.samples_for(NOISE, 1.0, alpha, **how)
+    assert smoothing.ceiling(NOISE, needed, alpha, **how) >= 1.0
+    assert smoothing.ceiling(NOISE, needed - 1, alpha, **how) < 1.0
+    # A simulated run, from the probabilities of all answers.
+    p = np.random.default_rng(0).dirichlet([4, 1, 1, 1, 1, 0.1], 100)
+    guess = smoothing.plan(NOISE, (100, 1000), alpha, n0=0, images=100, radius=0.3, p=p, **how)
+    drawn = np.random.default_rng(1).multinomial(900, p)
+    first = np.random.default_rng(2).multinomial(100, p)
+
+    def vote(rows, start, count):
+        return (drawn if start else first)[rows]
+
+    real = smoothing.certify_staged(
+        p[:, :-1].argmax(1), vote, NOISE, alpha, stages=(100, 1000), radius=0.3, **how
+    )
+    assert guess.average_radius == pytest.approx(real.radius.mean(), rel=0.15)
+    assert guess.votes == pytest.approx(real.n.sum(), rel=0.15)
+
+
 def test_samples_for_a_radius():
     for noise in (NOISE, smoothing.Laplace(0.5), Masking(20, 100)):
         for radius in (0.5, 1.0):
@@ -488,6 +531,37 @@ PAIRS = np.array([[0, 0, 100]])
             ValueError,
             "n = 2 samples can never",
         ),
+        (
+            lambda: smoothing.certify_staged(
+                [0], lambda *_: [[40, 0, 0]], NOISE, 0.1, stages=(50, 99)
+            ),
+            ValueError,
+            "exactly the 50 samples",
+        ),
+        (
+            lambda: smoothing.certify_staged(
+                [0], lambda *_: [[60, -10, 0]], NOISE, 0.1, stages=(50, 99)
+            ),
+            ValueError,
+            "exactly the 50 samples",
+        ),
+        (lambda: smoothing.certify([0], GOOD, NOISE, 0.001, top=1.0), ValueError, "top must be in"),
+        (lambda: smoothing.plan(NOISE, 50, 0.001, top=1.5), ValueError, "top must be a positive"),
+        (lambda: smoothing.plan(NOISE, 50, 0.1, top=3, classes=3), ValueError, "top must be in"),
+        (lambda: smoothing.plan(NOISE, 0, 0.001), ValueError, "increasing and positive"),
+        (lambda: smoothing.plan(NOISE, (50.5, 99), 0.001), ValueError, "increasing and positive"),
+        (lambda: smoothing.plan(NOISE, 50, 0.1, images=0), ValueError, "images must be at least 1"),
+        (lambda: smoothing.plan(NOISE, 50, 0.1, n0=-1), ValueError, "n0 must be at least 0"),
+        (
+            lambda: smoothing.plan(NOISE, 50, 0.1, votes_per_second=0.0),
+            ValueError,
+            "votes_per_second must be positive",
+        ),
+        (lambda: smoothing.plan(NOISE, 50, 0.1, p=[[0.5, 0.6, 0]]), ValueError, "p must be"),
+        (lambda: smoothing.ceiling(NOISE, 0, 0.001), ValueError, "n and top must be at least 1"),
+        (lambda: smoothing.ceiling(NOISE, 10, 0.0), ValueError, "alpha must lie"),
+        (lambda: smoothing.samples_for(NOISE, math.nan, 0.001), ValueError, "radius must be"),
+        (lambda: smoothing.samples_for(NOISE, -1.0, 0.001), ValueError, "radius must be"),
         (lambda: smoothing.plan(NOISE, 5, 0.001), ValueError, "n = 5 samples can never"),
         (lambda: smoothing.plan(NOISE, 50, 0.001, pairs=5), ValueError, "pairs = 5 samples"),
         (lambda: smoothing.plan(NOISE, 12, 0.001, pairs=12), ValueError, "raise both"),

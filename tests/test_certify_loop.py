@@ -297,7 +297,9 @@ def test_noises_come_back_from_their_description(noise):
 
 def test_blocks():
     def block(*stages, pairs=0, block=None):
-        return _votes_log.block_size(_votes_log.Rule(NOISE, 0.05, stages, pairs=pairs), block)
+        return _votes_log.block_size(
+            _votes_log.Rule(_votes_log.Bounds(NOISE, pairs=pairs), 0.05, stages), block
+        )
 
     assert block(100_000) == 1000
     assert block(10_000, pairs=2500) == 1250
@@ -428,6 +430,33 @@ def miscounted(path):
     np.savez(path, **batch)
 
 
+def encrypted(path):
+    """As the flags of the file say, which zipfile believes."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+
+
+def packed_otherwise(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 10] ^= 64
+    path.write_bytes(data)
+
+
+def elsewhere(path):
+    """Of images that the data set does not have."""
+    batch = dict(np.load(path))
+    batch["index"] = batch["index"] + 1000
+    np.savez(path, **batch)
+
+
+def negative(path):
+    batch = dict(np.load(path))
+    batch["estimate"] = batch["estimate"].astype(np.int64)
+    batch["estimate"][0, 0] = [90, -40, 0, 0]
+    np.savez(path, **batch)
+
+
 def emptied(path):
     path.write_bytes(b"")
 
@@ -438,7 +467,11 @@ def stripped(path):
     np.savez(path, **batch)
 
 
-@pytest.mark.parametrize("harm", [truncated, flipped, miscounted, emptied, stripped])
+HARMS = [truncated, flipped, miscounted, emptied, stripped]
+HARMS += [encrypted, packed_otherwise, elsewhere, negative]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_file_is_refused_and_nothing_is_lost(harm, plain, tmp_path):
     directory, base = tmp_path / "log", plain[1]
     shutil.copytree(plain[0], directory)
@@ -458,6 +491,24 @@ def test_a_damaged_file_is_refused_and_nothing_is_lost(harm, plain, tmp_path):
     )
 
 
+def test_any_changed_byte_is_refused_or_changes_nothing(plain, tmp_path):
+    """One bit, or all from there on, at places all over a file and the configuration."""
+    shutil.copytree(plain[0], directory := tmp_path / "log")
+    refused = 0
+    for name in ("batches/00-000001.npz", "configuration.json"):
+        path = directory / name
+        data = path.read_bytes()
+        for i in range(0, len(data) - 2, len(data) // 40):
+            for harmed in (data[:i], data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :]):
+                path.write_bytes(harmed)
+                try:
+                    assert_same(plain[1], loops.recertify(directory))
+                except ValueError:
+                    refused += 1
+        path.write_bytes(data)
+    assert refused > 120
+
+
 def test_files_of_other_runs_are_refused(plain, tmp_path):
     directory = tmp_path / "log"
     shutil.copytree(plain[0], directory)
@@ -469,9 +520,17 @@ def test_files_of_other_runs_are_refused(plain, tmp_path):
             ValueError, match=r"00-000002.npz is .*not of this run \(written by run"
         ):
             call(directory)
+    shutil.copy(plain[0] / name, directory / name)
+    first, second = (directory / "batches" / f"00-00000{i}.npz" for i in (0, 1))
+    swapped = first.read_bytes(), second.read_bytes()
+    second.write_bytes(swapped[0]), first.write_bytes(swapped[1])
+    with pytest.raises(ValueError, match="holds the votes of other images as 00-000000"):
+        certify(directory)
+    assert_same(loops.recertify(directory), plain[1])
     settings = directory / "configuration.json"
     for text, message in (
         (settings.read_text()[:50], "configuration.json is damaged"),
+        ("[1]", "configuration.json is damaged"),
         (None, "holds votes but no configuration.json"),
     ):
         settings.unlink() if text is None else settings.write_text(text)
@@ -527,6 +586,13 @@ def frozen(x):
     return bands(0.0, {}, x + 0.1 * jax.random.normal(jax.random.key(0), x.shape))
 
 
+def plain_noise():
+    class Own(smoothing.Gaussian):
+        """Not registered."""
+
+    return Own(0.25)
+
+
 def changed(**fields):
     return Dataset(**{"x": DATA.x, "y": DATA.y, "id": DATA.id, **fields})
 
@@ -544,6 +610,7 @@ MISTAKES = {
         {"noise": GRID},
         "18 of 18 inputs are not on the grid of multiples of 1 / 255",
     ),
+    "off the grid, mixed": ({"noise": smoothing.Mixed(GRID, 0.9)}, "not on the grid"),
     "off the grid, converted": (
         {"noise": smoothing.Converted(GRID, norm="Linf", size=3)},
         "not on the grid",
@@ -552,6 +619,12 @@ MISTAKES = {
     "sigma zero": ({"noise": smoothing.Gaussian(0.0)}, "sigma must be positive"),
     "negative sigma": ({"noise": smoothing.Gaussian(-0.5)}, "sigma must be positive"),
     "too few votes": ({"n": 50, "alpha": 1e-20}, "n = 50 .*can never certify"),
+    "too few votes for a mix": (
+        {"n": 50, "noise": smoothing.Mixed(NOISE, 0.51)},
+        "n = 50 samples can never certify at alpha = 0.05; at least n = 152 are needed",
+    ),
+    "a noise that is no pytree": ({"noise": plain_noise()}, "decorate the class with jrobust.al"),
+    "one number for a box": ({"box": 1.0}, "box must be"),
     "too small a stage": ({"n": None, "stages": (50, 400), "alpha": 1e-20}, "n = 50 .*never"),
     "too few votes for two bounds": (
         {"n": 50, "alpha": 1.5 * 2.0**-50, "two_bounds": True},
@@ -680,6 +753,10 @@ def test_a_log_of_cohen_s(tmp_path):
         ("0.2\t0", "0.2\t1", "line 3: correct = 1 contradicts"),
         ("0.456", "-0.456", "line 2: label, prediction or radius out of range"),
         ("0.456", "nan", "out of range"),
+        ("-1\t0.0", "-1\t0.1", "line 4: label, prediction or radius out of range"),
+        ("0.2\t0", "0.2\t2", "line 3 is cut off or no certificate"),
+        ("\t12.0", "\tnan", "index or time out of range"),
+        ("20\t8", f"{2**64}\t8", "index or time out of range"),
         ("20\t8\t1", "0\t8\t1", "holds an index twice"),
         (COHEN[COHEN.index("\n") + 1 :], "", "holds no certificates"),
         (COHEN, "", "an empty file"),
@@ -713,6 +790,8 @@ def test_radii_are_rounded_down_on_the_way_out(plain, tmp_path):
 def test_the_slice_is_stated():
     assert loops.Slice.of(np.array([7])) == (7, 1, 1)
     assert loops.Slice.of(np.array([5, 3, 1])) == (5, -2, 3)
+    ends = np.array([-(2**31), 2**31 - 1], np.int32)
+    assert loops.Slice.of(ends).stride == 2**32 - 1
     odd = loops.Slice.of(np.array([0, 1, 3]))
     assert odd == (0, None, 3)
     assert "irregular" in str(odd)

@@ -87,6 +87,7 @@ def test_default_ids():
         ((np.zeros((3, 2)), np.array([0, 1])), ValueError, r"y must have shape \(3,\)"),
         ((np.zeros((2, 2)), np.array([0.0, 1.0])), TypeError, "y must be integers, got float64"),
         ((np.zeros((2, 2)), np.array([0, 1]), np.array([5, 5])), ValueError, "unique"),
+        ((np.zeros((2, 2)), np.array([0, 1]), np.array([5, 5 + 2**32])), ValueError, "32 bits"),
     ],
 )
 def test_bad_data_sets(arguments, error, text):

@@ -10,7 +10,7 @@ from scipy import special
 
 from jrobust import keys, smoothing
 from jrobust.smoothing import DiscreteGaussian, Gaussian, Laplace
-from jrobust.smoothing._dual import Half, _reach, certify_dual, checkerboard, halves
+from jrobust.smoothing._dual import Half, certify_dual, checkerboard, halves, signed_radius
 
 ALPHA = 0.05
 RUNS = 2000
@@ -97,7 +97,7 @@ def flips(z, sigma, move):
 def test_the_signed_rule_is_the_distance_of_two_half_spaces(z, sigma):
     """And the rules of released code are not: their radius holds points that change the answer."""
     q = [special.ndtr(-v) for v in z]
-    radius = _reach(pair(*sigma), q)
+    radius = signed_radius(pair(*sigma), q)
     exact = sum(z) / math.hypot(1 / sigma[0], 1 / sigma[1])
     assert exact - 1e-9 < radius < exact
     # Brute force: no direction leaves the answer inside, and the worst one does just outside.
@@ -119,8 +119,12 @@ def test_the_signed_rule_is_the_distance_of_two_half_spaces(z, sigma):
 
 def test_the_published_counterexamples():
     one = pair()
-    assert _reach(one, special.ndtr([-2.0, 0.5])) == pytest.approx(1.5 / math.sqrt(2), rel=1e-9)
-    assert _reach(one, special.ndtr([-2.0, -0.2])) == pytest.approx(2.2 / math.sqrt(2), rel=1e-9)
+    assert signed_radius(one, special.ndtr([-2.0, 0.5])) == pytest.approx(
+        1.5 / math.sqrt(2), rel=1e-9
+    )
+    assert signed_radius(one, special.ndtr([-2.0, -0.2])) == pytest.approx(
+        2.2 / math.sqrt(2), rel=1e-9
+    )
 
 
 def test_the_rule_is_rounded_down():
@@ -129,7 +133,7 @@ def test_the_rule_is_rounded_down():
     for sigma in ((0.25, 0.25), (0.1, 70.0)):
         exact = -(special.ndtri(left) + special.ndtri(right))
         exact /= math.hypot(*(1 / np.float64(np.float32(s)) for s in sigma))
-        radius = _reach(pair(*sigma), (left, right))
+        radius = signed_radius(pair(*sigma), (left, right))
         assert np.all(radius < exact)
         np.testing.assert_allclose(radius, exact, atol=1e-12 * max(sigma), rtol=1e-11)
 
@@ -244,17 +248,12 @@ def on_device(key, images, n, sigma=0.5):
     return made, sigma * np.sum(z, 0) / math.sqrt(2)
 
 
-def test_votes_of_halves_are_counted_like_any_others(key):
-    made, distance = on_device(key, 64, 500)
-    assert false(made, distance).mean() <= 0.1
-    assert (made.prediction >= 0).mean() > 0.6
-    assert np.corrcoef(made.radius, np.abs(distance))[0, 1] > 0.9
-
-
 @pytest.mark.full
 def test_coverage_on_the_device(key):
     made, distance = on_device(key, RUNS, 200)
     assert false(made, distance).mean() <= LIMIT
+    assert (made.prediction >= 0).mean() > 0.6
+    assert np.corrcoef(made.radius, np.abs(distance))[0, 1] > 0.9
 
 
 def test_sound_noise_in_halves(key):
@@ -267,8 +266,8 @@ def test_sound_noise_in_halves(key):
     off = jnp.where(MASK[..., None], x, x + 0.3 / 255)
     assert jnp.array_equal(left.perturb(key, off), left.perturb(key, x))
     assert jnp.isnan(right.perturb(key, off)).any()
-    sound = _reach((left, right), (0.01, 0.3))
-    assert sound == pytest.approx(_reach(halves(Gaussian(0.2), MASK), (0.01, 0.3)), rel=1e-6)
+    sound = signed_radius((left, right), (0.01, 0.3))
+    assert sound == pytest.approx(signed_radius(halves(Gaussian(0.2), MASK), (0.01, 0.3)), rel=1e-6)
 
 
 # Bad input

@@ -342,6 +342,25 @@ def test_bad_mixes(noise, match):
         smoothing.certify([0], np.array([[100, 0, 0]]), noise, 0.05)
 
 
+@pytest.mark.parametrize("bounds", [{}, {"two_bounds": True}, {"top": 2}, {"anytime": True}])
+@pytest.mark.parametrize("lipschitz", [None, 1.0])
+def test_votes_that_can_never_certify_a_mix_are_refused(bounds, lipschitz):
+    """Equal votes prove a majority, and not the margin that the accurate part may take away."""
+    noise, alpha = Mixed(Gaussian(0.5), 0.55, lipschitz), 0.05
+    smoothing.certify([0], np.array([[20, 0, 0, 0]]), Gaussian(0.5), alpha, **bounds)
+    with pytest.raises(ValueError, match="n = 20 samples can never certify") as info:
+        smoothing.certify([0], np.array([[20, 0, 0, 0]]), noise, alpha, **bounds)
+    needed = int(re.search(r"at least n = (\d+)", str(info.value))[1])
+    enough = np.array([[needed, 0, 0, 0]])
+    assert smoothing.certify([0], enough, noise, alpha, **bounds).prediction.tolist() == [0]
+    with pytest.raises(ValueError, match="can never certify"):
+        smoothing.certify([0], enough - [[1, 0, 0, 0]], noise, alpha, **bounds)
+    with pytest.raises(ValueError, match="n = 20 samples can never certify"):
+        smoothing.plan(noise, 20, alpha, **bounds)
+    with pytest.raises(ValueError, match="n = 20 samples can never certify"):
+        smoothing.certify_staged([0], None, noise, alpha, stages=(20, 500), **bounds)
+
+
 def test_bad_lipschitz_arguments():
     for args, match in [((1.5, 1.0), "margin"), ((0.5, -1.0), "lipschitz"), ((0.5, 1, 0.4), "wei")]:
         with pytest.raises(ValueError, match=match):

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jrobust import parallel, smoothing
-from jrobust.attacks import FMN, PGD
+from jrobust.attacks import FMN, PGD, SimBA
 from jrobust.data import Dataset
 from jrobust.drive import Host
 from jrobust.loops import _sandwich
@@ -199,6 +199,39 @@ def test_votes_are_fresh_in_every_test_and_the_closest_point_counts(finished):
     np.testing.assert_allclose(rows["distance"][certified], moved, rtol=1e-6)
 
 
+# A black box
+
+
+def test_a_black_box_is_certified_and_attacked_by_its_answers(tmp_path):
+    asked = []
+
+    def fn(x):
+        asked.append(len(x))
+        score = x @ NORMAL
+        return 4 * np.concatenate([-score, score], 1)
+
+    data, true = DATA[2:6], TRUE[2:6]
+    settings = {"n": 400, "draws": 8, "votes": 200, "rounds": 4, "batch_size": 4}
+    attack = {"SimBA": SimBA(L2(0.3, -WIDE, WIDE), queries=40)}
+    report = run(data, Host(fn), attacks=attack, directory=tmp_path, **settings)
+    rows, cost = report.examples, sum(asked)
+    assert np.all(rows["radius"] <= true)
+    assert np.all(rows["distance"] >= true)
+    assert set(rows["status"]) == {"attacked", "standing"}
+    # Votes, draws for each query of the attack and each look at its points, verdicts.
+    claimed = report.claimed[0]
+    hit = np.isfinite(claimed).sum()
+    assert 0 < hit < 4, "rows of a batch are fillers"
+    with open(tmp_path / "attack-1" / "examples.csv") as file:
+        queries = sum(int(row["forwards"]) for row in csv.DictReader(file))
+    looks = 4 + np.sum(np.isfinite(claimed) & (claimed > 0))
+    assert cost == 4 * 430 + 8 * (queries + looks) + hit * 4 * 200
+    again = run(data, Host(fn), attacks=attack, directory=tmp_path, **settings)
+    assert sum(asked) == cost, "a finished run asks nothing"
+    for name, column in rows.items():
+        np.testing.assert_array_equal(again.examples[name], column)
+
+
 # Deterministic certificates of the model itself
 
 
@@ -316,7 +349,8 @@ def test_a_plot_takes_axes(finished):
         ({"noise": None}, ValueError, "nothing to put to the test"),
         ({"noise": smoothing.Gaussian(-1.0)}, ValueError, "sigma"),
         ({"noise": smoothing.DiscreteGaussian(0.25, D)}, ValueError, "grid"),
-        ({"logits_fn": Host(lambda x: x)}, TypeError, "Host"),
+        ({"logits_fn": Host(lambda x: x)}, TypeError, "FMN needs gradients and a Host model has"),
+        ({"noise": (NOISE, NOISE)}, TypeError, "not two halves"),
         ({"votes": 5}, ValueError, r"votes = 5 always abstain.*at least 24"),
         ({"rounds": 0}, ValueError, "rounds must be a positive int"),
         ({"verdict_alpha": 0.0}, ValueError, "verdict_alpha"),

@@ -552,6 +552,8 @@ def test_noise_in_another_precision_is_refused(key, dtype):
         ({"n": 0}, ValueError, r"n must be a Python int in \[1, 2\^31\), got 0"),
         ({"n": 1.5}, ValueError, "n must be a Python int"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1"),
+        ({"chunk": 1.5}, ValueError, "chunk must be at least 1, a Python int"),
+        ({"ids": np.array([5, 5 + 2**32])}, ValueError, "ids must fit in 32 bits"),
         ({"start": -1}, ValueError, "start"),
         ({"start": 2**32 - 9}, ValueError, "start"),
         ({"start": 0.5}, TypeError, "start must be an integer"),

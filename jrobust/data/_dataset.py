@@ -20,8 +20,8 @@ class Dataset:
       id: (N,) int32, the number under which an example draws its random numbers and appears in
         records, whatever subset it is in; default 0 .. N - 1.
 
-    Raises ``ValueError`` where the lengths differ or an id appears twice, ``TypeError`` where
-    labels are not integers or a data set is indexed by a single position.
+    Raises ``ValueError`` where the lengths differ, an id appears twice or does not fit into its 32
+    bits, ``TypeError`` where labels are not integers or a data set is indexed by a single position.
     """
 
     x: np.ndarray
@@ -39,6 +39,8 @@ class Dataset:
                 )
             if not np.issubdtype(array.dtype, np.integer):
                 raise TypeError(f"{name} must be integers, got {array.dtype}")
+        if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
+            raise ValueError(f"ids must fit into 32 bits, got {ids.min()} to {ids.max()}")
         if len(np.unique(ids)) != len(ids):
             raise ValueError("ids must be unique: two examples would share their random numbers")
         for name, array in (("x", x), ("y", y), ("id", ids.astype(np.int32))):

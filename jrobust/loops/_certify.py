@@ -18,7 +18,7 @@ from jrobust import _run, drive, parallel, smoothing
 from jrobust._algorithm import describe
 from jrobust._inspect import inspect as read_program
 from jrobust.data import Dataset
-from jrobust.loops import _votes_log
+from jrobust.loops import _identity, _votes_log
 from jrobust.loops._folder import Arrays, Folder
 from jrobust.loops._lanes import (
     Bar,
@@ -31,6 +31,8 @@ from jrobust.loops._lanes import (
 )
 from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.loops._tsv import CertifiedRadii, Slice
+from jrobust.smoothing._certify import check_top
+from jrobust.smoothing._staged import is_dual
 from jrobust.smoothing._votes import default_chunk
 
 _COUNTED = ("prediction", "radius", "p_lower", "selected", "count", "rejects", "n")
@@ -44,7 +46,8 @@ class CertificationReport:
 
     Attributes:
         certificate: predictions and radii, (N,) each; see :class:`jrobust.smoothing.Certificate`.
-        select_counts: (N, C + 1) int32 votes that selected the class; last column rejects.
+        select_counts: (N, C + 1) int32 votes that selected the class; last column rejects. Of two
+            halves (N, 2, C + 1), like ``estimate_counts``.
         estimate_counts: (N, C + 1) int32 votes that bounded its probability, all that were cast.
         y: (N,) true labels.
         id: (N,) example ids.
@@ -128,18 +131,20 @@ class CertificationEvent(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _counter(samples: int, chunk: int | None) -> Callable[..., jax.Array]:
-    def count(key: Any, model: Any, x: Any, noise: Any, ids: Any, start: Any) -> jax.Array:
-        return smoothing.count_votes(
-            key, model, x, noise, samples, start=start, ids=ids, chunk=chunk
-        )
+    def count(key: Any, models: Any, x: Any, noises: Any, ids: Any, start: Any) -> jax.Array:
+        found = [
+            smoothing.count_votes(key, model, x, noise, samples, start=start, ids=ids, chunk=chunk)
+            for model, noise in zip(models, noises)
+        ]
+        return found[0] if len(found) == 1 else jnp.stack(found, axis=1)
 
     return count
 
 
 @functools.lru_cache(maxsize=64)
 def _comparer(samples: int, chunk: int | None) -> Callable[..., jax.Array]:
-    def compare(key: Any, models: Any, x: Any, noise: Any, ids: Any, start: Any) -> jax.Array:
-        exact, voter = models
+    def compare(key: Any, models: Any, x: Any, noises: Any, ids: Any, start: Any) -> jax.Array:
+        (exact, voter), (noise,) = models, noises
         return smoothing.count_disagreements(
             key, exact, voter, x, noise, samples, start=start, ids=ids, chunk=chunk
         )
@@ -160,12 +165,12 @@ def _check_rows(name: str, logits_fn: Any, x: np.ndarray) -> None:
             )
 
 
-def _check_inputs(noise: smoothing.Noise, x: np.ndarray, box: Any) -> None:
+def _check_inputs(noise: Any, x: np.ndarray, box: Any) -> None:
     """Raise ``ValueError`` for inputs that the noise or the box does not allow."""
     if box is not None:
-        lo, hi = (float(bound) for bound in box)
+        lo, hi = box if np.shape(box) == (2,) else (1.0, 0.0)
         if not lo < hi:
-            raise ValueError(f"box must be (lo, hi) with lo < hi, or None, got {box}")
+            raise ValueError(f"box must be (lo, hi) with lo < hi, or None, got {box!r}")
         if x.min() < np.float32(lo) or x.max() > np.float32(hi):
             raise ValueError(
                 f"data.x spans [{x.min():.4g}, {x.max():.4g}], outside of the box [{lo:g}, "
@@ -175,16 +180,29 @@ def _check_inputs(noise: smoothing.Noise, x: np.ndarray, box: Any) -> None:
             )
     # Traced, not run: noises refuse inputs of another size.
     jax.eval_shape(noise.perturb, jax.random.key(0), jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-    drawn = noise.noise if isinstance(noise, smoothing.Converted) else noise
-    if isinstance(drawn, smoothing.DiscreteGaussian):
-        steps = x * np.float32(drawn.levels)
-        off = np.any(np.abs(steps - np.round(steps)) > 2.0**-8, axis=tuple(range(1, x.ndim)))
-        if off.any():
-            raise ValueError(
-                f"{off.sum()} of {len(x)} inputs are not on the grid of multiples of 1 / "
-                f"{drawn.levels} for which {type(drawn).__name__} is sound: round them, "
-                f"np.round(x * {drawn.levels}) / {drawn.levels}, or give the right levels="
-            )
+    while not isinstance(noise, smoothing.DiscreteGaussian):
+        if isinstance(noise, smoothing.Half):
+            x = np.where(np.asarray(noise.mask)[..., None], x, np.float32(0))
+        if not hasattr(noise, "noise"):
+            return
+        noise = noise.noise
+    steps = x * np.float32(noise.levels)
+    off = np.any(np.abs(steps - np.round(steps)) > 2.0**-8, axis=tuple(range(1, x.ndim)))
+    if off.any():
+        raise ValueError(
+            f"{off.sum()} of {len(x)} inputs are not on the grid of multiples of 1 / "
+            f"{noise.levels} for which {type(noise).__name__} is sound: round them, "
+            f"np.round(x * {noise.levels}) / {noise.levels}, or give the right levels="
+        )
+
+
+def _answer(model: Any, x: jax.Array) -> jax.Array:
+    return model(x)
+
+
+def _asks(models: Any) -> bool:
+    """Whether one of these models has to be asked from Python."""
+    return any(map(drive.is_host, jax.tree.leaves(models)))
 
 
 class _Certification:
@@ -195,7 +213,7 @@ class _Certification:
         key: jax.Array,
         logits_fn: Any,
         data: Dataset,
-        noise: smoothing.Noise,
+        noise: smoothing.Noise | tuple[smoothing.Half, smoothing.Half],
         *,
         n0: int = 100,
         n: int | None = None,
@@ -217,28 +235,24 @@ class _Certification:
         resume: bool = True,
         mesh: Mesh | None = None,
     ) -> None:
-        if drive.is_host(logits_fn) or drive.is_host(voter):
-            raise TypeError(
-                "certification compiles its votes: a Host model cannot be certified yet"
-            )
-        self._mesh = parallel.mesh() if mesh is None else mesh
         check_data(data)
         for name, value in (("n0", n0), ("chunk", n0 if chunk is None else chunk)):
             check_count(name, value)
-        if not callable(getattr(noise, "check", None)) or isinstance(noise, type):
-            raise TypeError(
-                f"noise must be a noise such as smoothing.Gaussian(0.25), got {noise!r}"
-            )
+        for one in tuple(noise) if is_dual(noise) else (noise,):
+            if not callable(getattr(one, "check", None)) or isinstance(one, type):
+                raise TypeError(
+                    f"noise must be a noise such as smoothing.Gaussian(0.25), got {one!r}"
+                )
+            if jax.tree_util.all_leaves([one]):
+                raise TypeError(
+                    f"{type(one).__name__} is no pytree, so that compiled votes cannot take it: "
+                    "decorate the class with jrobust.algorithm"
+                )
         if (voter is None) != (pairs is None):
             raise ValueError(
                 f"voter= votes in place of logits_fn, pairs= is how many samples both models are "
                 f"shown: give both or neither, got voter={voter!r} and pairs={pairs!r}"
             )
-        self._key, self._data, self._n0 = key, data, n0
-        example = jnp.asarray(data.x[:1])
-        self._classes = _run.count_classes(logits_fn, example)
-        if voter is not None and (others := _run.count_classes(voter, example)) != self._classes:
-            raise ValueError(f"logits_fn has {self._classes} classes but voter {others}")
         self._rule = _votes_log.rule(
             noise,
             alpha=alpha,
@@ -249,19 +263,45 @@ class _Certification:
             two_bounds=two_bounds,
             anytime=anytime,
             pairs=pairs,
-            classes=self._classes,
         )
         self._block = _votes_log.block_size(self._rule, block)
+        noises = self._rule.bounds.noises
+        # Of two halves each may have a classifier of its own.
+        exact = tuple(logits_fn) if isinstance(logits_fn, (tuple, list)) else (logits_fn,)
+        if len(exact) not in (1, len(noises)):
+            raise ValueError(f"{len(exact)} models and {len(noises)} noise: give one, or as many")
+        named = {f"logits_fn {i + 1}" if i else "logits_fn": one for i, one in enumerate(exact)}
+        if voter is not None:
+            named["voter"] = voter
+        self._key, self._data, self._n0 = key, data, n0
         self._stages = smoothing.stages(key)
-        _run.check_labels("y", data.y, self._classes)
-        _check_inputs(noise, data.x, box)
+        self._asked = any(map(drive.is_host, named.values()))
+        if self._asked and jax.process_count() > 1:
+            raise ValueError("a Host model is asked from one process: each of several would ask it")
+        # Only compiled votes are split: those of a black box and the compiled ones beside them
+        # then have one shape.
+        self._mesh = parallel.mesh() if mesh is None else mesh
+        if self._asked:
+            self._mesh = parallel.mesh(jax.devices()[:1])
+        example = jnp.asarray(data.x[:1])
+        self._classes: int | None = None
+        for name, model in named.items():
+            if not drive.is_host(model):
+                self._saw(_run.count_classes(model, example), name)
+        for one in noises:
+            _check_inputs(one, data.x, box)
         if inspect:
-            _check_rows("logits_fn", logits_fn, data.x)
-            if voter is not None:
-                _check_rows("voter", voter, data.x)
+            for name, model in named.items():
+                if not drive.is_host(model):
+                    _check_rows(name, model, data.x)
         self._box, self._described = box, describe(noise)
-        self._model, self._noise = _run.as_pytree(logits_fn), _run.strong(noise)
-        self._voter = self._model if voter is None else _run.as_pytree(voter)
+        self._noises = tuple(map(_run.strong, noises))
+        self._models = tuple(
+            one if drive.is_host(one) else _run.as_pytree(one) for one in named.values()
+        )
+        self._voters = self._models if voter is None else self._models[-1:]
+        if len(self._voters) < len(noises):
+            self._voters *= len(noises)
         self._lanes = lane_count(batch_size, len(data), self._mesh)
         self._directory, self._resume = directory, resume
         if chunk is None and directory is not None and resume:
@@ -275,9 +315,18 @@ class _Certification:
             even if chunk is None else min(self._block, chunk),
             self._mesh,
             self._clock,
-            planned=chunk is not None,
+            planned=chunk is not None or _asks(self._voters),
             memory=memory,
         )
+
+    def _saw(self, classes: int, name: str = "now") -> None:
+        """The number of classes, of which a black box tells with its first answer."""
+        if self._classes is None:
+            _run.check_labels("y", self._data.y, classes)
+            check_top(self._rule.bounds.top, classes)
+            self._classes = classes
+        elif classes != self._classes:
+            raise ValueError(f"logits_fn has {self._classes} classes but {name} {classes}")
 
     @property
     def plan(self) -> smoothing.Plan:
@@ -286,50 +335,65 @@ class _Certification:
 
     def _lane(self, index: np.ndarray) -> tuple[Any, ...]:
         data = self._data
-        return jnp.asarray(data.x[index]), self._noise, jnp.asarray(data.id[index])
+        return jnp.asarray(data.x[index]), self._noises, jnp.asarray(data.id[index])
 
-    def _jobs(self, chunk: int) -> dict[str, Job]:
-        lane = self._lane(np.resize(np.arange(len(self._data)), self._lanes))
-        start, (select, estimate) = jnp.uint32(0), self._stages
-
-        def job(fn: Callable[..., Any], key: jax.Array, models: Any) -> Job:
-            return Job(fn, (key, models, *lane, start), _AXES)
-
-        jobs = {
-            "select": job(_counter(self._n0, chunk), select, self._voter),
-            "estimate": job(_counter(self._block, chunk), estimate, self._voter),
+    def _parts(self, chunk: int) -> dict[str, tuple[Callable[..., Any], jax.Array, Any]]:
+        """What is counted: by which function, under which key, of which models."""
+        select, estimate = self._stages
+        parts = {
+            "select": (_counter(self._n0, chunk), select, self._voters),
+            "estimate": (_counter(self._block, chunk), estimate, self._voters),
         }
         if self._rule.pairs:
-            models = (self._model, self._voter)
-            jobs["pairs"] = job(_comparer(self._block, chunk), estimate, models)
-        return jobs
+            parts["pairs"] = (_comparer(self._block, chunk), estimate, self._models)
+        return parts
+
+    def _jobs(self, chunk: int) -> dict[str, Job]:
+        """What is compiled: the parts without a black box."""
+        lane = self._lane(np.resize(np.arange(len(self._data)), self._lanes))
+        return {
+            name: Job(fn, (key, models, *lane, jnp.uint32(0)), _AXES)
+            for name, (fn, key, models) in self._parts(chunk).items()
+            if not _asks(models)
+        }
 
     def warm_up(self) -> dict[str, float]:
-        return self._programs.seconds()
+        return {} if _asks(self._voters) else self._programs.seconds()
 
     def _identity(self) -> dict[str, str]:
-        models = (self._model, self._voter) if self._rule.pairs else self._model
-        return self._programs.identity((self._data.x, self._data.y, self._data.id), models)
+        sets = (self._data.x, self._data.y, self._data.id)
+        compiled = [model for model in self._models if not drive.is_host(model)]
+        if not self._asked:
+            return self._programs.identity(sets, compiled)
+        found = {"data_sha256": _identity.arrays(sets)}  # a black box itself has no name
+        if compiled:
+            x = self._data.x[:1]
+            traced = [_identity.program(_answer, model, x) for model in compiled]
+            found["variables_sha256"] = _identity.arrays(compiled)
+            found["programs_sha256"] = "-".join(traced)
+        return found
 
-    def _blocks(self, name: str, models: Any, index: np.ndarray, start: int, end: int) -> Any:
-        """Counts (lanes, blocks, C + 1) of the samples from ``start`` to ``end``."""
-        program, lane = self._programs[name], self._lane(index)
+    def _counted(self, name: str, index: np.ndarray, mask: np.ndarray, starts: range) -> np.ndarray:
+        """Counts (R, starts, ...) of the images ``index[mask]``, of the samples from each start."""
+        fn, key, models = self._parts(self._programs.size)[name]
+        x, *lane = self._lane(index)
+        if _asks(models):
+            # A black box is not asked about rows that only fill a batch: no copy of them is finite.
+            x = jnp.asarray(np.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, np.float32(np.nan)))
+        else:
+            fn = self._programs[name]
         before = self._clock.seconds["run"]
         with self._clock.measure("run"):
             # All are under way before the first is waited for.
-            found = [
-                program(self._stages.estimate, models, *lane, jnp.uint32(sample))
-                for sample in range(start, end, self._block)
-            ]
-            counts = np.stack(parallel.fetch(found), axis=1)
-        spent = self._clock.seconds["run"] - before
-        self._speeds.setdefault(name, len(index) * (end - start) / spent)
+            found = [fn(key, models, x, *lane, jnp.uint32(start)) for start in starts]
+            counts = np.stack(parallel.fetch(found), axis=1)[mask]
+        self._speeds.setdefault(name, counts.sum() / (self._clock.seconds["run"] - before))
+        self._saw(counts.shape[-1] - 1)
         return counts
 
-    def _count(self, run: str, stage: int, index: np.ndarray, mask: np.ndarray) -> Arrays:
-        """One file of the log: the votes of one stage for a batch of images."""
-        start, end = (0, *self._rule.stages)[stage : stage + 2]
-        data, piece = self._data, index[mask]
+    def _count(self, run: str, index: np.ndarray, mask: np.ndarray, start: int, end: int) -> Arrays:
+        """One file of the log: votes of a batch of images, those that select with the first."""
+        data, piece, block = self._data, index[mask], self._block
         batch = {
             "run": np.array(run),
             "index": piece,
@@ -337,29 +401,23 @@ class _Certification:
             "y": data.y[piece],
             "start": np.array(start),
         }
-        if not stage:
-            program, lane = self._programs["select"], self._lane(index)
-            with self._clock.measure("run"):
-                select = program(self._stages.select, self._voter, *lane, jnp.uint32(0))
-                batch["select"] = parallel.fetch(select)[mask]
+        if not start:
+            batch["select"] = self._counted("select", index, mask, range(1))[:, 0]
             if self._rule.pairs:
-                models = (self._model, self._voter)
-                counts = self._blocks("pairs", models, index, 0, self._rule.pairs)
-                batch["disagree"] = _votes_log.compact(counts[mask], self._block)
-        counts = self._blocks("estimate", self._voter, index, start, end)
-        batch["estimate"] = _votes_log.compact(counts[mask], self._block)
+                counts = self._counted("pairs", index, mask, range(0, self._rule.pairs, block))
+                batch["disagree"] = _votes_log.compact(counts, block)
+        counts = self._counted("estimate", index, mask, range(start, end, block))
+        batch["estimate"] = _votes_log.compact(counts, block)
         return batch
 
     def _expected(self, batch: Arrays) -> smoothing.Plan:
         """What is to be expected of the run, from its first batch."""
-        selected = batch["select"][:, :-1].argmax(1)
         counts = batch["estimate"].sum(1, dtype=np.int64)
-        share = np.take_along_axis(counts, selected[:, None], 1)[:, 0] / counts.sum(1)
         return self._rule.plan(
             len(self._data),
             self._n0,
             self._classes,
-            p=share,
+            p=counts / counts.sum(-1, keepdims=True),
             votes_per_second=self._speeds["estimate"],
             pairs_per_second=self._speeds.get("pairs"),
         )
@@ -369,7 +427,7 @@ class _Certification:
         chunk = self._programs.plan()
         configuration = {
             "noise": self._described,
-            "noise_from": _votes_log.source_of(self._rule.noise),
+            "noise_from": _votes_log.source_of(self._rule.bounds.noises),
             "n0": self._n0,
             **rule.settings(),
             "block": self._block,
@@ -391,17 +449,28 @@ class _Certification:
             self._directory, configuration, lambda: identity, resume=self._resume, columns=_COLUMNS
         )
         run = _votes_log.digest(folder.configuration)
-        votes = _votes_log.Votes(total, self._classes + 1, rule, self._block)
+        votes = _votes_log.Votes(total, rule, self._block)
         left, finished, certified, planned = np.arange(total), 0, 0, False
         for stage in range(len(rule.stages)):
             waiting = [left[:0]]
+            start, end = (0, *rule.stages)[stage : stage + 2]
+            # What a black box has answered is kept block by block.
+            step = self._block if _asks(self._voters) else end - start
             for number, (index, mask) in enumerate(rows(left, self._lanes)):
-                before = folder.resumed
-                batch = folder.once(
-                    f"{stage:02d}-{number:06d}",
-                    functools.partial(self._count, run, stage, index, mask),
-                )
-                votes.enter(batch)
+                before, batches = folder.resumed, []
+                for sample in range(start, end, step):
+                    name = f"{stage:02d}-{number:06d}"
+                    if _asks(self._voters):
+                        name += f"-{sample // step:05d}"
+                    count = functools.partial(self._count, run, index, mask, sample, sample + step)
+                    batches.append(folder.once(name, count))
+                    if not np.array_equal(batches[-1]["index"], index[mask]):
+                        raise ValueError(
+                            f"{folder.directory} holds the votes of other images as {name}: files "
+                            "of this log have been copied or renamed"
+                        )
+                    self._saw(batches[-1]["estimate"].shape[-1] - 1)
+                    votes.enter(batches[-1])
                 done, part, open_rows = votes.settle(index[mask])
                 waiting.append(open_rows)
                 if part is not None:
@@ -413,7 +482,7 @@ class _Certification:
                     finished += len(done)
                 plan = None
                 if not planned and not stage and folder.resumed == before:
-                    plan, planned = self._expected(batch), True
+                    plan, planned = self._expected(batches[0]), True
                 yield CertificationEvent(finished, total, certified, plan=plan)
             left = np.concatenate(waiting)
         certificate, estimate = votes.certify(np.arange(total))
@@ -451,7 +520,7 @@ def certify(
     key: jax.Array,
     logits_fn: Any,
     data: Dataset,
-    noise: smoothing.Noise,
+    noise: smoothing.Noise | tuple[smoothing.Half, smoothing.Half],
     *,
     n0: int = 100,
     n: int | None = None,
@@ -489,12 +558,25 @@ def certify(
     The directory is a log of the counts of each block of samples, from which :func:`recertify`
     computes certificates for another alpha, fewer votes or another rule, without the model.
 
+    **A black box** (:class:`jrobust.drive.Host`, such as :class:`jrobust.zeroth_order.BlackBox`)
+    is asked from Python, once for each finite noisy copy and for nothing else: without copies that
+    are not finite, ``report.votes`` is what it was asked. Its answers are in the log block by
+    block; what was under way when the run was killed, at most one block of a batch (with the first
+    the votes that select), is asked again. Its rows cannot be looked at, and a log does not know
+    it by name: data and settings alone tell whether the run in a directory is the same. It may
+    also be the exact model beside a compiled ``voter``, which then votes for nothing, and is asked
+    ``pairs`` times for each image.
+
+    **Two halves** (:func:`jrobust.smoothing.halves`) in place of a noise certify the classifier
+    that adds their votes, by :func:`jrobust.smoothing.certify_dual`: all numbers of votes are then
+    those of each half.
+
     Args:
         key: one typed key; selection and estimation draw from different stages of it.
         logits_fn: the model that is certified: (B, ...) -> (B, C), rows independent, without batch
-            statistics.
+            statistics; of two halves one for both, or a pair.
         data: the examples, float32, not normalised.
-        noise: for instance ``jrobust.smoothing.Gaussian(0.25)``.
+        noise: for instance ``jrobust.smoothing.Gaussian(0.25)``, or two halves.
         n0: votes that select the class.
         n: fresh votes that bound its probability; by default 10,000, or the last of ``stages``.
         alpha: probability that one example's certificate is false.
@@ -525,7 +607,8 @@ def certify(
         directory: where to write ``batches`` (the log), ``examples.csv`` (rows as they finish),
             ``counts.npz``, ``configuration.json`` and ``report.json``.
         resume: go on with the run in the directory; otherwise start over.
-        mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None.
+        mesh: devices to split every batch over, from ``jrobust.parallel.mesh``; all when None, one
+            beside a black box.
         progress: show a bar, and the plan: what the run can prove and how many votes it takes, and
             after the first batch what is to be expected of it.
 

@@ -13,6 +13,7 @@ from jrobust._algorithm import describe
 from jrobust.loops import _votes_log
 from jrobust.loops._certify import CertificationReport
 from jrobust.loops._programs import Clock
+from jrobust.smoothing._certify import check_top
 
 
 def recertify(
@@ -48,8 +49,9 @@ def recertify(
         radius: what stages stop at.
         top: as in :func:`certify`, like ``two_bounds`` and ``anytime``.
         pairs: of a run with a fast voter, as many of its pairs, a multiple of the block.
-        noise: the run's noise, where it is none of ``jrobust.smoothing``'s; or the same noise in
-            :class:`jrobust.smoothing.Converted`, for radii in another norm.
+        noise: the run's noise, where it is none of ``jrobust.smoothing``'s, or holds an array that
+            the log names by a digest, as the masks of halves of larger images; or the same noise
+            in :class:`jrobust.smoothing.Converted`, for radii in another norm.
 
     Returns:
         A report; its counts are those that the rule asks for, ``seconds`` only this call's.
@@ -61,6 +63,11 @@ def recertify(
     clock, stored = Clock(), _votes_log.configuration(directory)
     if "block" not in stored:
         raise ValueError(f"{directory} holds no certification run: give the directory of one")
+    # Read before the configuration is used: the files tell whether that is whole.
+    batches = _votes_log.read(directory, stored)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"{directory} holds no votes yet")
     noise = _votes_log.noise_of(stored, noise)
     if n is None and stages is None:
         n, stages = stored["n"], stored["stages"]
@@ -68,11 +75,6 @@ def recertify(
     pairs = stored["pairs"] if pairs is None else pairs
     if pairs is not None and pairs > (stored["pairs"] or 0):
         raise ValueError(f"pairs must be at most the log's {stored['pairs'] or 0}, got {pairs}")
-    batches = _votes_log.read(directory, stored)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError(f"{directory} holds no votes yet")
-    columns = first["estimate"].shape[2]
     rule = _votes_log.rule(
         noise,
         alpha=stored["alpha"] if alpha is None else alpha,
@@ -83,11 +85,11 @@ def recertify(
         two_bounds=stored["two_bounds"] if two_bounds is None else two_bounds,
         anytime=stored["anytime"] if anytime is None else anytime,
         pairs=pairs,
-        classes=columns - 1,
     )
+    check_top(rule.bounds.top, first["estimate"].shape[-1] - 1)
     block = _votes_log.block_size(rule, stored["block"])
     total = stored["examples"]
-    votes = _votes_log.Votes(total, columns, rule, block)
+    votes = _votes_log.Votes(total, rule, block)
     examples, files = np.zeros((2, total), np.int64), 0
     for batch in itertools.chain([first], batches):
         files += 1

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from scipy import special
 
 from jrobust import _run, drive, keys, models, parallel, smoothing
 from jrobust._algorithm import describe
@@ -24,6 +25,8 @@ from jrobust.loops._evaluate import _named, evaluate
 from jrobust.loops._folder import Arrays, Folder
 from jrobust.loops._lanes import Bar, check_count, check_data, lane_count, rows, surroundings
 from jrobust.loops._programs import Clock, Job, Programs
+from jrobust.loops._reliability import needs_gradients
+from jrobust.smoothing._staged import is_dual
 from jrobust.statistics import false_certificates
 from jrobust.statistics._binomial import check_probability
 
@@ -235,10 +238,34 @@ def _surrogate(key: jax.Array, model: Any, noise: Any, draws: int) -> Any:
     """The log of the mean softmax over ``draws`` fixed copies, for gradients (SmoothAdv).
 
     Wrapped, so that attacks take it for the deterministic function that it is, and ascend the loss
-    of the mean instead of the mean of losses.
+    of the mean instead of the mean of losses. Of a black box it is one too, that is asked ``draws``
+    times for each row.
     """
+    if drive.is_host(model):
+        return drive.Host(functools.partial(_ask, key, model, noise, draws))
     drawn = jax.tree_util.Partial(_draw, model, noise)
     return jax.tree_util.Partial(_logits, models.randomized(drawn, key, votes=draws))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _copies(key: jax.Array, noise: Any, draws: int, x: jax.Array) -> jax.Array:
+    """(draws, B, ...): under each draw's key the same noise for all rows, as ``Randomized`` has."""
+
+    def draw(i: jax.Array) -> jax.Array:
+        same = jnp.broadcast_to(jax.random.fold_in(key, i), x.shape[:1])
+        return jax.vmap(noise.perturb)(same, x)
+
+    return jax.vmap(draw)(jnp.arange(draws))
+
+
+def _ask(key: jax.Array, host: drive.Host, noise: Any, draws: int, x: np.ndarray) -> np.ndarray:
+    """What :func:`_surrogate` gives at ``x``, by one query of a black box."""
+    copies = _copies(key, noise, draws, jnp.asarray(x))
+    logits = np.asarray(host(copies.reshape(-1, *x.shape[1:])), np.float64)
+    finite = np.isfinite(logits).all(axis=1, keepdims=True)
+    logs = special.log_softmax(np.where(finite, logits, 0.0), axis=1)
+    logs = np.where(finite, logs, np.nan).reshape(draws, len(x), -1)
+    return special.logsumexp(logs, axis=0) - math.log(draws)
 
 
 @functools.lru_cache(maxsize=64)
@@ -296,9 +323,16 @@ class _Judge:
         start = jnp.uint32(test * self._votes)
         return self._key, self._model, jnp.asarray(x), self._noise, ids, start
 
-    def counts(self, x: np.ndarray, index: np.ndarray, test: int) -> np.ndarray:
-        """(L, C + 1) votes at ``x`` (L, ...), points of the examples ``index``."""
-        program = self.programs["verdicts"]
+    def counts(self, x: np.ndarray, index: np.ndarray, mask: np.ndarray, test: int) -> np.ndarray:
+        """(L, C + 1) votes at ``x`` (L, ...), points of the examples ``index``; rows of ``mask``.
+
+        A black box is not asked about the others: no copy of them is finite.
+        """
+        if drive.is_host(self._model):
+            program: Callable[..., Any] = _counter(self._votes)
+            x = np.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, np.float32(np.nan))
+        else:
+            program = self.programs["verdicts"]
         with self._clock.measure("run"):
             return parallel.fetch(program(*self._args(x, index, test)))
 
@@ -334,7 +368,7 @@ class _Judge:
             t = (low + high) / 2
             points = x0 + t.reshape(-1, *[1] * (x0.ndim - 1)) * direction
             points = np.clip(points.astype(np.float32), *box)
-            counts = self.counts(points, index, test)
+            counts = self.counts(points, index, mask, test)
             away = self.differs(counts, prediction)
             best[away], found = points[away], found | away
             low, high = np.where(away, low, t), np.where(away, t, high)
@@ -368,8 +402,13 @@ def _check(
     """Everything that can be wrong, before any compute."""
     keys.check(key)
     check_data(data)
-    for attack in attacks.values():
+    for name, attack in attacks.items():
         _run.check(attack, key, logits_fn, data.x, data.y, data.id)
+        if drive.is_host(logits_fn) and needs_gradients(attack):
+            raise TypeError(
+                f"{name} needs gradients and a Host model has none: attack it by queries, or with "
+                "estimator= from jrobust.zeroth_order"
+            )
     if noise is None:
         if certificate is None:
             raise ValueError(
@@ -382,8 +421,8 @@ def _check(
                 "model itself may answer otherwise"
             )
     else:
-        if drive.is_host(logits_fn):
-            raise TypeError("votes are compiled: a Host model cannot be smoothed yet")
+        if is_dual(noise):
+            raise TypeError("the sandwich puts one noise to the test, not two halves")
         if isinstance(noise, smoothing.DiscreteGaussian):
             raise ValueError(
                 "certificates with DiscreteGaussian are about inputs on its grid, and attacks "
@@ -504,7 +543,9 @@ def sandwich(
 
     Args:
         key: one typed key. Certificate, surrogate, attacks and verdicts draw apart.
-        logits_fn: (B, ...) -> (B, C), rows independent.
+        logits_fn: (B, ...) -> (B, C), rows independent. A :class:`jrobust.drive.Host` is attacked
+            by its answers alone; with a noise each query of an attack asks it ``draws`` times, each
+            verdict ``votes`` times.
         data: the examples, float32, inside the attacks' boxes.
         attacks: one attack, a list, or a dict from names to attacks.
         noise: of the smoothed classifier.
@@ -566,7 +607,8 @@ def sandwich(
     radius = np.asarray(certificate.radius, np.float64)
     certified = np.flatnonzero(prediction >= 0)
 
-    model, attacked, judge = _run.as_pytree(logits_fn), logits_fn, None
+    host = drive.is_host(logits_fn)
+    model, attacked, judge = logits_fn if host else _run.as_pytree(logits_fn), logits_fn, None
     if noise is not None:
         strong = _run.strong(noise)
         attacked = _surrogate(jax.random.fold_in(key, _SURROGATE), model, strong, draws)
@@ -615,7 +657,7 @@ def sandwich(
     sides = (data.x, data.y, data.id, prediction, radius, points)
 
     def identity() -> dict[str, str]:
-        if judge is None:
+        if judge is None or host:
             return Programs(lambda _: {}, 1, mesh, clock).identity(sides, ())
         return judge.programs.identity(sides, model)
 

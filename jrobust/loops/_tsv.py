@@ -17,6 +17,8 @@ from jrobust.smoothing import ABSTAIN
 _HEADER = ("idx", "label", "predict", "radius", "correct", "time")
 _TIME = re.compile(r"(?:(\d+) days?, )?(\d+):(\d{2}):(\d{2}(?:\.\d+)?)")
 _DIGITS = decimal.Decimal("1e-6")
+# All digits of any float64, so that the only rounding is the last, and down.
+_EXACT = decimal.Context(prec=330, rounding=decimal.ROUND_FLOOR)
 
 
 class Slice(NamedTuple):
@@ -32,7 +34,7 @@ class Slice(NamedTuple):
     @classmethod
     def of(cls, ids: np.ndarray) -> Slice:
         """That of ids in the order given."""
-        steps = set(np.diff(ids).tolist()) or {1}
+        steps = set(np.diff(np.asarray(ids, np.int64)).tolist()) or {1}
         return cls(int(ids[0]), int(steps.pop()) if len(steps) == 1 else None, len(ids))
 
     def __str__(self) -> str:
@@ -90,7 +92,7 @@ class CertifiedRadii:
         for i, y, prediction, radius, seconds in zip(
             self.id, self.y, self.prediction, self.radius, self.seconds
         ):
-            down = decimal.Decimal(float(radius)).quantize(_DIGITS, decimal.ROUND_FLOOR)
+            down = decimal.Decimal(float(radius)).quantize(_DIGITS, context=_EXACT)
             time = datetime.timedelta(seconds=float(seconds))
             row = (i, y, prediction, f"{down:f}", int(prediction == y), time)
             lines.append("\t".join(map(str, row)))
@@ -140,11 +142,14 @@ def _row(line: str, where: str) -> tuple[int, int, int, float, float]:
     try:
         index, label, predict, radius, correct, time = line.split("\t")
         row = int(index), int(label), int(predict), float(radius), _seconds(time)
-        right = bool(int(correct))
+        right = bool(("0", "1").index(correct))
     except ValueError as error:
         raise ValueError(f"{where} is cut off or no certificate ({error}): {line!r}") from error
-    if not 0 <= row[3] < np.inf or row[1] < 0 or row[2] < ABSTAIN:
+    claims = row[2] != ABSTAIN or row[3] == 0
+    if not 0 <= row[3] < np.inf or row[1] < 0 or row[2] < ABSTAIN or not claims:
         raise ValueError(f"{where}: label, prediction or radius out of range: {line!r}")
+    if not 0 <= row[4] < np.inf or abs(row[0]) >= 2**63:
+        raise ValueError(f"{where}: index or time out of range: {line!r}")
     if right != (row[1] == row[2]):
         raise ValueError(f"{where}: correct = {correct} contradicts label and prediction: {line!r}")
     return row

@@ -1,11 +1,15 @@
 """Counts of votes by image and block of samples: on disk, and the certificates they give.
 
-The log is ``batches/STAGE-NUMBER.npz``, one file for each batch of images and stage, written whole:
+The log is ``batches/STAGE-NUMBER.npz``, one file for each batch of images and stage, written whole,
+or, where a black box votes, one ``batches/STAGE-NUMBER-BLOCK.npz`` for each block of them, so that
+an interruption costs no more:
 
 * ``index``, ``id``, ``y`` (R,): positions in the data set, ids and labels of the images,
 * ``start``: the first sample; ``estimate`` (R, blocks, C + 1): counts of each block of samples,
 * in the first stage ``select`` (R, C + 1), and of a fast voter ``disagree`` (R, blocks, C + 1),
 * ``run``: a digest of ``configuration.json``, so that no file is taken for another run's.
+
+Of two halves (:func:`jrobust.smoothing.halves`) all counts have an axis of 2 before the last.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ import itertools
 import json
 import math
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jrobust import smoothing, statistics
+from jrobust import smoothing
 from jrobust._algorithm import describe
 from jrobust.loops._folder import Arrays, stored_configuration
 from jrobust.loops._lanes import check_count
-from jrobust.smoothing._certify import unanimous
 from jrobust.smoothing._noise import check_size
+from jrobust.smoothing._staged import Rule as Bounds
+from jrobust.smoothing._staged import rule as bounds_of
+from jrobust.smoothing._staged import shared, staged
 from jrobust.statistics._binomial import check_probability
 
 # A block holds at least this many samples where the stages allow it; no log has more blocks.
@@ -51,26 +55,24 @@ class Missing(LookupError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How certificates follow from counts; the fields are arguments of ``smoothing``'s functions.
+    """How certificates follow from counts.
 
     Attributes:
+        bounds: from the counts of one stage.
+        alpha: of all stages together.
         stages: total votes after each stage; one stage where all images get the same votes.
-        pairs: samples shown to both models where a fast one votes, else 0.
+        radius: what the stages stop at.
     """
 
-    noise: smoothing.Noise
+    bounds: Bounds
     alpha: float
     stages: tuple[int, ...]
     radius: float | None = None
-    top: int = 1
-    two_bounds: bool = False
-    anytime: bool = False
-    pairs: int = 0
 
     @property
-    def share(self) -> float:
-        """Alpha of one stage."""
-        return self.alpha if self.anytime else self.alpha / len(self.stages)
+    def pairs(self) -> int:
+        """Samples shown to both models where a fast one votes, else 0."""
+        return self.bounds.pairs
 
     def certificate(
         self,
@@ -79,125 +81,48 @@ class Rule:
         disagreements: np.ndarray,
     ) -> smoothing.Certificate:
         """Certificates from the votes that ``vote`` has; see :func:`smoothing.certify_staged`."""
-        options: dict[str, Any] = {"top": self.top, "anytime": self.anytime}
         if self.pairs:
             votes = vote(np.arange(len(select)), 0, self.stages[-1])
-            options["disagreements"] = disagreements
-            return smoothing.certify(select, votes, self.noise, self.alpha, **options)
-        options |= {"stages": self.stages, "radius": self.radius, "two_bounds": self.two_bounds}
-        return smoothing.certify_staged(select, vote, self.noise, self.alpha, **options)
+            return self.bounds.certify(select, votes, self.alpha, disagreements)
+        return staged(self.bounds, select, vote, self.stages, self.radius, self.alpha)
 
-    def check(self, classes: int) -> None:
-        """Raise ``ValueError`` where even unanimous votes certify nothing, or not ``radius``."""
-        pairs = np.zeros((1, classes + 1), np.int64)
-        pairs[0, -1] = self.pairs
-
-        def vote(rows: np.ndarray, start: int, n: int) -> np.ndarray:
-            return n * np.eye(1, classes + 1, dtype=np.int64)[rows]
-
-        found = self.certificate(np.zeros(1, np.int64), vote, pairs)
-        if found.prediction[0] == smoothing.ABSTAIN:
-            also = f" and {self.pairs} pairs" if self.pairs else ""
-            raise ValueError(
-                f"n = {self.stages[-1]} votes{also} can never certify anything at alpha = "
-                f"{self.alpha:g}: even unanimous votes prove nothing; raise "
-                + ("both" if self.pairs else "n")
-            )
-
-    def plan(
-        self,
-        images: int,
-        n0: int,
-        classes: int,
-        p: np.ndarray | None = None,
-        votes_per_second: float | None = None,
-        pairs_per_second: float | None = None,
-    ) -> smoothing.Plan:
-        """What a run by this rule can prove and costs; arguments as of :func:`smoothing.plan`."""
-        if self.top == 1 and not self.two_bounds:
-            return smoothing.plan(
-                self.noise,
-                self.stages,
-                self.alpha,
-                n0=n0,
-                images=images,
-                radius=self.radius,
-                p=p,
-                pairs=self.pairs,
-                anytime=self.anytime,
-                votes_per_second=votes_per_second,
-                pairs_per_second=pairs_per_second,
-            )
-        # The most votes there can be: fewer where stages stop early.
-        votes = float(images * (n0 + self.stages[-1]))
-        seconds = None if votes_per_second is None else votes / votes_per_second
-        if seconds is not None and self.pairs:
-            assert pairs_per_second is not None
-            seconds += images * self.pairs / pairs_per_second
-        return smoothing.Plan(
-            ceiling=self.ceiling(),
-            norm=self.noise.norm,
-            least=self._least(classes),
-            n=self.stages[-1],
-            votes=votes,
-            seconds=seconds,
-            average_radius=None,
-            false=int(statistics.false_certificates(images, self.alpha)),
+    def plan(self, images: int, n0: int, classes: int | None, **known: Any) -> smoothing.Plan:
+        """What a run by this rule can prove and costs; see :func:`smoothing.plan`."""
+        bounds = self.bounds
+        return smoothing.plan(
+            bounds.noise,
+            self.stages,
+            self.alpha,
+            n0=n0,
             images=images,
-            alpha=self.alpha,
+            radius=self.radius,
+            top=bounds.top,
+            two_bounds=bounds.two_bounds,
+            pairs=bounds.pairs,
+            anytime=bounds.anytime,
+            classes=classes,
+            **known,
         )
-
-    def ceiling(self) -> float:
-        """No certificate by this rule has a larger radius."""
-        level = self.share / 2 if self.two_bounds or self.pairs else self.share
-        q = unanimous(self.stages[-1], level, self.anytime)
-        if self.pairs:
-            q = math.nextafter(q + unanimous(self.pairs, level, self.anytime), 0.0)
-        return float(self.noise.radius(q, q / self.top))
-
-    def _least(self, classes: int) -> int:
-        """The fewest votes of the last stage that certify, the others spread over all answers."""
-        n = self.stages[-1]
-
-        def proves(count: int) -> bool:
-            others, more = divmod(n - count, classes)
-            votes = np.array([[count] + [others + (i < more) for i in range(classes)]])
-            options: dict[str, Any] = {"top": self.top, "anytime": self.anytime}
-            if self.pairs:
-                options["disagreements"] = np.array([[0] * classes + [self.pairs]])
-            found = smoothing.certify(
-                np.zeros(1, np.int64),
-                votes,
-                self.noise,
-                self.share,
-                two_bounds=self.two_bounds,
-                **options,
-            )
-            return bool(found.prediction[0] == 0)
-
-        low, high = 0, n
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if proves(middle) else (middle, high)
-        return high
 
     def settings(self) -> dict[str, Any]:
         """The rule in a run's configuration."""
+        bounds = self.bounds
+        share = shared(bounds, self.stages, self.radius, self.alpha)
         return {
             "n": self.stages[-1],
             "alpha": self.alpha,
             "stages": list(self.stages) if len(self.stages) > 1 else None,
             "radius": self.radius,
-            "top": self.top,
-            "two_bounds": self.two_bounds,
-            "anytime": self.anytime,
+            "top": bounds.top,
+            "two_bounds": bounds.two_bounds,
+            "anytime": bounds.anytime,
             "pairs": self.pairs or None,
-            "radius_ceiling": self.ceiling(),
+            "radius_ceiling": bounds.ceiling(self.stages[-1], share),
         }
 
 
 def rule(
-    noise: smoothing.Noise,
+    noise: Any,
     *,
     alpha: float,
     n: int | None,
@@ -207,11 +132,9 @@ def rule(
     two_bounds: bool,
     anytime: bool,
     pairs: int | None,
-    classes: int,
 ) -> Rule:
     """The rule with these settings; ``ValueError`` for combinations that make no sense."""
     alpha = float(check_probability("alpha", alpha))
-    noise.check()
     if stages is None:
         if radius is not None:
             raise ValueError(
@@ -237,17 +160,11 @@ def rule(
         raise ValueError(f"n must be below 2^31, got {stages[-1]}")
     if pairs is not None:
         check_count("pairs", pairs)
-        if two_bounds:
-            raise ValueError(
-                "two_bounds=True and voter= exclude each other: a certificate from another "
-                "model's votes has one bound"
-            )
-    check_count("top", top)
     if radius is not None and not 0 < radius < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}")
-    made = Rule(noise, alpha, stages, radius, top, two_bounds, anytime, pairs or 0)
-    made.check(classes)
-    return made
+    bounds = bounds_of(noise, top=top, two_bounds=two_bounds, anytime=anytime, pairs=pairs or 0)
+    shared(bounds, stages, radius, alpha)
+    return Rule(bounds, alpha, stages, radius)
 
 
 def block_size(made: Rule, block: int | None) -> int:
@@ -285,16 +202,21 @@ class Votes:
         disagreements: (N, C + 1) int32, zeros without a fast voter.
     """
 
-    def __init__(self, total: int, columns: int, made: Rule, block: int) -> None:
+    def __init__(self, total: int, made: Rule, block: int) -> None:
         self._rule, self._block = made, block
-        self.select = np.zeros((total, columns), np.int32)
-        self.disagreements = np.zeros((total, columns), np.int32)
-        self._fresh = np.zeros((len(made.stages), total, columns), np.int32)
         self._held = np.zeros(total, np.int64)
+        self._allocate(())
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        total = len(self._held)
+        self.select, self.disagreements = np.zeros((2, total, *shape), np.int32)
+        self._fresh = np.zeros((len(self._rule.stages), total, *shape), np.int32)
 
     def enter(self, batch: Arrays) -> None:
         """Take the counts of one file; ``ValueError`` where those before are missing."""
         rows, start, blocks = batch["index"], int(batch["start"]), batch["estimate"]
+        if self.select.ndim == 1:  # the first file says of how many classes
+            self._allocate(blocks.shape[2:])
         gaps = np.sum(self._held[rows] != start)
         if gaps:
             raise ValueError(
@@ -364,6 +286,8 @@ def configuration(directory: Any) -> dict[str, Any]:
     directory = pathlib.Path(directory)
     try:
         stored = stored_configuration(directory)
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds {stored!r}")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{directory / 'configuration.json'} is damaged ({error}): nothing was changed; put "
@@ -389,7 +313,7 @@ def read(directory: Any, stored: dict[str, Any]) -> Iterator[Arrays]:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 batch = dict(file)
             wrong = _wrong(batch, stored, run)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # what zipfile raises of a changed byte is no closed list
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
             raise ValueError(
@@ -404,17 +328,23 @@ def _wrong(batch: Arrays, stored: dict[str, Any], run: str) -> str | None:
     """What is wrong with a file, None if nothing; ``KeyError`` for an array that is not there."""
     if str(batch["run"]) != run:
         return f"written by run {batch['run']}, not by {run}"
-    images, block = len(batch["index"]), stored["block"]
-    if not len(batch["id"]) == len(batch["y"]) == len(batch["estimate"]) == images:
+    index, block = batch["index"], stored["block"]
+    if not len(batch["id"]) == len(batch["y"]) == len(batch["estimate"]) == len(index):
         return "arrays of different lengths"
+    places = np.unique(index)
+    if len(places) != len(index) or places[0] < 0 or places[-1] >= stored["examples"]:
+        return f"index is not of {stored['examples']} examples"
     sums = {"estimate": block}
     if batch["start"] == 0:
         sums["select"] = stored["n0"]
         if stored["pairs"]:
             sums["disagree"] = block
+    answers = batch["estimate"].shape[2:]
     for name, samples in sums.items():
         counts = batch[name]
-        if len(counts) != images or np.any(counts.sum(-1, dtype=np.int64) != samples):
+        shape = (len(index), *(() if name == "select" else counts.shape[1:2]), *answers)
+        whole = counts.dtype.kind in "iu" and np.all(counts.sum(-1, dtype=np.int64) == samples)
+        if counts.shape != shape or not whole or np.any(counts < 0):
             return f"{name} are not counts of {samples} samples each"
     return None
 
@@ -428,33 +358,41 @@ def verify(directory: Any, wanted: dict[str, Any]) -> None:
 
 
 def source_of(noise: Any) -> str:
-    """Where the classes of a noise, and of one it wraps, come from."""
+    """Where the classes of a noise, and of all in it, come from."""
+    if isinstance(noise, (tuple, list)):
+        return next((name for name in map(source_of, noise) if name != "jrobust"), "jrobust")
     inner = getattr(noise, "noise", None)
-    modules = [type(one).__module__ for one in (noise, inner) if one is not None]
-    return "jrobust" if all(name.startswith("jrobust.") for name in modules) else modules[0]
+    if not type(noise).__module__.startswith("jrobust."):
+        return type(noise).__module__
+    return "jrobust" if inner is None else source_of(inner)
 
 
 def noise_of(stored: dict[str, Any], given: Any) -> Any:
     """The noise of a run: made from its configuration, or ``given`` if that draws the same.
 
     Raises:
-        ValueError: where it does not; where one that is not jrobust's is not given.
+        ValueError: where it does not; where one is not given that is not jrobust's, or that the
+            configuration names by a digest.
     """
 
-    def drawn(said: dict[str, Any]) -> dict[str, Any]:
+    def drawn(said: Any) -> Any:
         """Of a radius that is only stated in another norm, the noise itself."""
-        return drawn(said["noise"]) if said["name"] == smoothing.Converted.__name__ else said
+        converted = isinstance(said, dict) and said["name"] == smoothing.Converted.__name__
+        return drawn(said["noise"]) if converted else said
 
     def made(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        fields = {name: made(part) for name, part in value.items() if name != "name"}
-        return getattr(smoothing, value["name"])(**fields)
+        if isinstance(value, dict):
+            if "sha256" in value:
+                raise ValueError("the log names an array of its noise by a digest: pass noise=")
+            fields = {name: made(part) for name, part in value.items() if name != "name"}
+            return getattr(smoothing, value["name"])(**fields)
+        if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+            return tuple(map(made, value))
+        return np.asarray(value) if isinstance(value, list) else value
 
     if given is None and stored["noise_from"] != "jrobust":
         raise ValueError(
-            f"the log's noise {stored['noise']['name']} is from {stored['noise_from']}: pass it "
-            "with noise="
+            f"the log's noise {stored['noise']} is from {stored['noise_from']}: pass it with noise="
         )
     noise = made(stored["noise"]) if given is None else given
     said = json.loads(json.dumps(describe(noise), default=float))

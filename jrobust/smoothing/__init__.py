@@ -5,7 +5,6 @@ from jrobust.smoothing._certify import (
     Certificate,
     ceiling,
     certify,
-    certify_staged,
     predict,
     samples_for,
 )
@@ -29,6 +28,7 @@ from jrobust.smoothing._noise import (
     Uniform,
 )
 from jrobust.smoothing._plan import Plan, plan
+from jrobust.smoothing._staged import certify_staged
 from jrobust.smoothing._votes import Stages, count_disagreements, count_votes, stages
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -106,38 +106,83 @@ def unanimous(n: int, alpha: float, anytime: bool) -> float:
     return -math.expm1((math.log(alpha) - (math.log(n + 1) if anytime else 0.0)) / n)
 
 
-def ceiling(noise: Noise, n: int, alpha: float, *, top: int = 1, anytime: bool = False) -> float:
+def ceiling(
+    noise: Noise,
+    n: int,
+    alpha: float,
+    *,
+    top: int = 1,
+    two_bounds: bool = False,
+    anytime: bool = False,
+) -> float:
     """The largest radius that n samples can certify at alpha: that of n equal votes.
 
     Negative when n is too small to certify anything. From the closed form
-    ``q = 1 - alpha^(1/n)``, and so a check on the general bound. Of a certificate that splits alpha
-    (two bounds, a voter, s stages) it is the ceiling at what the top class gets: alpha / 2, or
-    alpha / s. Arguments are those of :func:`certify`.
+    ``q = 1 - alpha^(1/n)``, at half of alpha with ``two_bounds``, and so a check on the general
+    bound. Of a certificate that splits alpha otherwise (a voter, s stages) it is the ceiling at
+    what the top class gets: alpha / 2, or alpha / s. Arguments are those of :func:`certify`.
+
+    Raises:
+        ValueError: n or top below 1, alpha outside (0, 1), bad noise parameters.
     """
-    q = unanimous(n, alpha, anytime)
+    alpha = float(check_probability("alpha", alpha))
+    noise.check()
+    if n < 1 or top < 1:
+        raise ValueError(f"n and top must be at least 1, got n = {n} and top = {top}")
+    # Of what has no votes each other answer's own bound, at a part of alpha / 2, is no lower.
+    q = unanimous(n, alpha / 2 if two_bounds else alpha, anytime)
     return float(noise.radius(q, q / top))
 
 
-def samples_for(noise: Noise, radius: float, alpha: float, *, top: int = 1) -> int:
+def smallest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest n >= 1 that is enough, as are all above it; None where 2^31 is not."""
+    low, high = 0, 1
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 2**31:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def samples_for(
+    noise: Noise,
+    radius: float,
+    alpha: float,
+    *,
+    top: int = 1,
+    two_bounds: bool = False,
+    anytime: bool = False,
+) -> int:
     """The smallest n whose :func:`ceiling` reaches ``radius``.
 
     Raises:
-        ValueError: if 2^31 samples do not reach it.
+        ValueError: if 2^31 samples do not reach it; a radius that is negative or not finite.
     """
-    low, high = 0, 1
-    while ceiling(noise, high, alpha, top=top) < radius:
-        low, high = high, 2 * high
-        if high > 2**31:
-            raise ValueError(
-                f"no number of samples below 2^31 certifies a radius of {radius} with {noise}"
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        if ceiling(noise, middle, alpha, top=top) < radius:
-            low = middle
-        else:
-            high = middle
-    return high
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius must be at least 0 and finite, got {radius}")
+
+    def enough(n: int) -> bool:
+        reach = ceiling(noise, n, alpha, top=top, two_bounds=two_bounds, anytime=anytime)
+        return reach >= radius
+
+    found = smallest(enough)
+    if found is None:
+        raise ValueError(
+            f"no number of samples below 2^31 certifies a radius of {radius} with {noise}"
+        )
+    return found
+
+
+def check_top(top: Any, classes: int | None = None) -> None:
+    """Raise ``ValueError`` unless to be among the ``top`` of the classes says anything."""
+    whole = isinstance(top, (int, np.integer)) and not isinstance(top, bool)
+    if not whole or top < 1 or (classes is not None and top >= classes):
+        most = "a positive int" if classes is None else f"in 1 .. {classes - 1}"
+        of = "" if classes is None else f" for {classes} classes"
+        raise ValueError(f"top must be {most}{of}, got {top!r}")
 
 
 def _check_counts(name: str, counts: ArrayLike) -> np.ndarray:
@@ -173,6 +218,13 @@ def _select(select: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"select_counts and estimate_counts must have one shape, got {counts.shape} and {shape}"
         )
     return counts[:, :-1].argmax(axis=1)
+
+
+def lower(k: Any, n: Any, alpha: float, anytime: bool) -> Any:
+    """Lower confidence bound on the probability of what came up k times of n."""
+    if anytime:
+        return statistics.confidence_sequence(k, n, alpha)[0]
+    return statistics.clopper_pearson_lower(k, n, alpha)
 
 
 def upper(k: Any, n: Any, alpha: float, anytime: bool) -> Any:
@@ -257,22 +309,17 @@ def certify(
     estimate = _check_counts("estimate_counts", estimate_counts)
     selected = _select(select_counts, estimate.shape)
     others = estimate.shape[1] - 1  # answers other than the top class
-    if not 1 <= top < others:
-        raise ValueError(f"top must be in 1 .. {others - 1} for {others} classes, got {top}")
+    check_top(top, others)
     if two_bounds and disagreements is not None:
         raise ValueError("a certificate from another model's votes has one bound, not two")
     n = estimate.sum(axis=1)
     level = alpha / 2 if two_bounds or disagreements is not None else alpha
-    check_enough("n", int(n.min()), level, anytime, top)
+    check_enough("n", noise, int(n.min()), level, anytime, top)
 
     column = selected[:, None]
     count = np.take_along_axis(estimate, column, axis=1)[:, 0]
     q = upper(n - count, n, level, anytime)
-    p_lower = (
-        statistics.confidence_sequence(count, n, level)[0]
-        if anytime
-        else statistics.clopper_pearson_lower(count, n, level)
-    )
+    p_lower = lower(count, n, level, anytime)
     if disagreements is not None:
         pairs = _check_counts("disagreements", disagreements)
         if pairs.shape != estimate.shape:
@@ -281,7 +328,7 @@ def certify(
                 f"{estimate.shape}"
             )
         m = pairs.sum(axis=1)
-        check_enough("disagreements of", int(m.min()), level, anytime, top)
+        check_enough("disagreements of", noise, int(m.min()), level, anytime, top)
         wrong = upper(np.take_along_axis(pairs, column, axis=1)[:, 0], m, level, anytime)
         # Outward: both operations round.
         q = np.minimum(np.nextafter(q + wrong, 2.0), 1.0)
@@ -313,108 +360,29 @@ def certify(
     )
 
 
-def proves(noise: Noise, radius: np.ndarray) -> np.ndarray:
+def proves(noise: Noise, radius: Any) -> Any:
     """Whether a radius is a certificate; that of no location, in L0, is one of the input itself."""
     return (radius >= 0) if noise.norm == "L0" else (radius > 0)
 
 
-def check_enough(name: str, n: int, alpha: float, anytime: bool, top: int = 1) -> None:
-    """Raise ``ValueError`` unless n equal votes prove that the class is in front."""
+def check_enough(
+    name: str, noise: Noise, n: int, alpha: float, anytime: bool, top: int = 1
+) -> None:
+    """Raise ``ValueError`` unless n equal votes prove something with this noise."""
 
     def enough(n: int) -> bool:
-        return unanimous(n, alpha, anytime) * (1 + 1 / top) < 1
+        return bool(proves(noise, ceiling(noise, n, alpha, top=top, anytime=anytime)))
 
     if enough(n):
         return
-    needed = next(m for m in range(1, 2**31) if enough(m))
+    needed = smallest(enough)
     raise ValueError(
         f"{name} = {n} samples can never certify at alpha = {alpha:g}; "
         f"at least n = {needed} are needed"
     )
 
 
-STAGES = (100, 1_000, 10_000, 100_000)
-
-
-def certify_staged(
-    select_counts: ArrayLike,
-    vote: Callable[[np.ndarray, int, int], ArrayLike],
-    noise: Noise,
-    alpha: float,
-    *,
-    stages: Sequence[int] = STAGES,
-    radius: float | None = None,
-    top: int = 1,
-    two_bounds: bool = False,
-    anytime: bool = False,
-) -> Certificate:
-    """CERTIFY with votes only for inputs that still need them.
-
-    After each of the s ``stages`` every input that is open gets a certificate from all of its votes
-    so far, and its largest one counts. An input is closed when ``radius`` is certified, or when its
-    votes say, at confidence 1 - alpha, that it will not be: giving up needs no proof.
-
-    Proof: think of all votes as drawn in advance. The bound from the first ``stages[i]`` of them is
-    at alpha / s, and ``stages`` is fixed, so that with probability at least 1 - alpha all s bounds
-    are right (Boole's inequality), whichever of them the procedure gets to see and to report. With
-    ``anytime`` one confidence sequence at alpha covers all stages, however many there are.
-
-    Args:
-        select_counts: as in :func:`certify`.
-        vote: ``vote(rows, start, n)`` counts samples start .. start + n - 1 of the inputs ``rows``,
-            an increasing (R,) int array: (R, C + 1), by :func:`count_votes` under the estimation
-            key, padded to a fixed number of inputs if it is compiled.
-        noise: the noise that was drawn.
-        alpha: probability that one certificate is false, in (0, 1).
-        stages: total votes after each stage, increasing.
-        radius: what is asked for. By default as much as the last stage gives: only inputs that will
-            never be certified stop early.
-        top: as in :func:`certify`, like ``two_bounds`` and ``anytime``.
-
-    Returns:
-        The :class:`Certificate`, whose ``count`` and ``n`` are the votes behind it.
-
-    Raises:
-        TypeError, ValueError: as :func:`certify`; stages that do not increase, a first stage that
-            is too small to certify, a radius that the last stage cannot reach.
-    """
-    alpha = float(check_probability("alpha", alpha))
-    noise.check()
-    if len(stages) < 1 or min(np.diff(stages, prepend=0)) < 1:
-        raise ValueError(f"stages must be total votes, increasing and positive, got {stages}")
-    share = alpha if anytime else alpha / len(stages)
-    level = share / 2 if two_bounds else share
-    reach = ceiling(noise, stages[-1], level, top=top, anytime=anytime)
-    if radius is not None and not radius <= reach:
-        raise ValueError(
-            f"{stages[-1]} votes at alpha = {level:g} certify a radius of at most {reach}, "
-            f"never {radius}: ask for less or add a stage"
-        )
-    best: Certificate | None = None
-    counts = np.zeros(0, np.int64)
-    rows = np.arange(len(np.asarray(select_counts)))
-    before = 0
-    for n in stages:
-        fresh = np.asarray(vote(rows, before, n - before))
-        if best is None:
-            counts = np.zeros((len(rows), *fresh.shape[1:]), fresh.dtype)
-        counts[rows] += fresh
-        # Rows that are closed are certified again from the same votes: to the same certificate.
-        now = certify(
-            select_counts, counts, noise, share, top=top, two_bounds=two_bounds, anytime=anytime
-        )
-        best = now if best is None else _larger(best, now)
-        before = n
-        hopeful = _optimum(now, counts, noise, alpha, top, two_bounds) >= (radius or 0.0)
-        done = best.radius >= (math.inf if radius is None else radius)
-        rows = rows[(hopeful & ~(done & (best.prediction >= 0)))[rows]]
-        if not len(rows):
-            break
-    assert best is not None
-    return dataclasses.replace(best, alpha=alpha)
-
-
-def _larger(first: Certificate, second: Certificate) -> Certificate:
+def larger(first: Certificate, second: Certificate) -> Certificate:
     """Row by row the certificate of larger radius; the second where they are equal."""
     better = (first.prediction >= 0) & (
         (first.radius > second.radius) | (second.prediction == ABSTAIN)
@@ -425,20 +393,6 @@ def _larger(first: Certificate, second: Certificate) -> Certificate:
         if np.ndim(value)
     }
     return dataclasses.replace(second, **fields)
-
-
-def _optimum(
-    now: Certificate, counts: np.ndarray, noise: Noise, alpha: float, top: int, two_bounds: bool
-) -> np.ndarray:
-    """The radius that no number of further votes will pass, at confidence 1 - alpha."""
-    q = statistics.clopper_pearson_lower(now.n - now.count, now.n, alpha)
-    runner = q / top
-    if two_bounds:
-        rivals = counts.copy()
-        np.put_along_axis(rivals, now.selected[:, None], 0, axis=1)
-        strongest = np.sort(rivals, axis=1)[:, -top]
-        runner = np.minimum(runner, statistics.clopper_pearson_lower(strongest, now.n, alpha))
-    return noise.radius(q, runner)
 
 
 def predict(counts: ArrayLike, alpha: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jrobust import drive
 from jrobust._algorithm import algorithm, static
 from jrobust.smoothing._noise import check_scale
 
@@ -34,9 +35,15 @@ class Denoised:
         return self.classifier(self.denoiser(x))
 
 
+@jax.jit
+def _denoise(denoiser: Any, x: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return denoiser(x)
+
+
 def denoised(
     denoiser_fn: Callable[[Array], Array], classifier_fn: Callable[[Array], Array]
-) -> Denoised:
+) -> Denoised | drive.Host:
     """Denoised smoothing (Salman et al. 2020): ``x -> classifier_fn(denoiser_fn(x))``.
 
     A ``logits_fn`` like any other, for :func:`count_votes`, ``loops.certify`` and attacks. What is
@@ -51,14 +58,16 @@ def denoised(
 
     Returns:
         A pytree of both; a part that is a pytree itself is an argument of compiled code, a plain
-        function costs a trace for each function object.
+        function costs a trace for each function object. Of a classifier that is a
+        :class:`jrobust.drive.Host` another one: compiled denoiser, then one query for each row.
 
     Raises:
         TypeError: if one of them is not callable.
     """
-    return Denoised(
-        _as_pytree("denoiser_fn", denoiser_fn), _as_pytree("classifier_fn", classifier_fn)
-    )
+    denoiser = _as_pytree("denoiser_fn", denoiser_fn)
+    if drive.is_host(classifier_fn):
+        return drive.Host(lambda x: classifier_fn(_denoise(denoiser, jnp.asarray(x))))
+    return Denoised(denoiser, _as_pytree("classifier_fn", classifier_fn))
 
 
 @algorithm

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jrobust import statistics
 from jrobust._algorithm import algorithm, static
-from jrobust.smoothing._certify import ABSTAIN, Certificate, _check_counts, _select, unanimous
+from jrobust.smoothing._certify import (
+    ABSTAIN,
+    Certificate,
+    _check_counts,
+    _select,
+    lower,
+    smallest,
+    unanimous,
+    upper,
+)
 from jrobust.smoothing._discrete import DiscreteGaussian
 from jrobust.smoothing._noise import Gaussian
 from jrobust.statistics._binomial import check_probability
@@ -76,7 +84,7 @@ class Half:
                 f"an image must be (H, W, channels) with the H, W of its mask, {self.mask.shape}, "
                 f"got {x.shape}"
             )
-        kept = jnp.broadcast_to(jnp.asarray(self.mask)[..., None], x.shape)
+        kept = jnp.broadcast_to(jnp.asarray(self.mask, bool)[..., None], x.shape)
         noisy = self.noise.perturb(key, x)
         return jnp.where(kept, noisy, _filled(noisy, kept, self.fill))
 
@@ -119,16 +127,20 @@ def _sigma(half: Half) -> float:
     return float(sigma if isinstance(half.noise, DiscreteGaussian) else np.float32(sigma))
 
 
-def _reach(pair: tuple[Half, Half], q: tuple[Any, Any]) -> np.ndarray:
+def signed_radius(pair: tuple[Half, Half], q: tuple[Any, Any]) -> np.ndarray:
     """The signed rule, rounded down, from an upper bound for each half."""
     sigma = [_sigma(half) for half in pair]
     z = [np.asarray(half.radius(bound)) / s for half, bound, s in zip(pair, q, sigma)]
     # z was rounded down already: what is taken off covers the few operations on it here.
-    total = z[0] + z[1] - 1e-14 * (1 + np.abs(z[0]) + np.abs(z[1]))
-    return total * (sigma[0] * sigma[1] / math.hypot(*sigma))
+    with np.errstate(invalid="ignore"):  # of what one half never or always saw: infinite
+        total = z[0] + z[1]
+        low = total - 1e-14 * (1 + np.abs(z[0]) + np.abs(z[1]))
+    low = np.where(np.isinf(total), total, np.where(np.isnan(total), -np.inf, low))
+    return low * (sigma[0] * sigma[1] / math.hypot(*sigma))
 
 
-def _check_pair(pair: Any) -> tuple[Half, Half]:
+def check_halves(pair: Any) -> tuple[Half, Half]:
+    """The pair; raises unless it is one that the rule is proved for."""
     if len(pair) != 2 or not all(isinstance(half, Half) for half in pair):
         raise TypeError(f"halves must be two Half, as halves(noise, mask) makes them, got {pair!r}")
     for half in pair:
@@ -147,11 +159,26 @@ def _check_pair(pair: Any) -> tuple[Half, Half]:
     return pair
 
 
+def check_enough_of_halves(n: tuple[int, int], alpha: float, anytime: bool) -> None:
+    """Raise ``ValueError`` unless equal votes of so many samples prove that the class wins."""
+
+    def enough(*samples: int) -> bool:
+        return sum(unanimous(m, alpha / 2, anytime) for m in samples) < 1
+
+    if not enough(*n):
+        raise ValueError(
+            f"n = {n[0]} and {n[1]} samples can never certify at alpha = {alpha:g}: each half gets "
+            f"alpha / 2, and {smallest(lambda m: enough(m, m))} in each are needed"
+        )
+
+
 def certify_dual(
-    select: tuple[ArrayLike, ArrayLike],
+    select: tuple[ArrayLike, ArrayLike] | ArrayLike,
     estimate: tuple[ArrayLike, ArrayLike],
     halves: tuple[Half, Half],
     alpha: float,
+    *,
+    anytime: bool = False,
 ) -> Certificate:
     """A class and an L2 radius for the classifier that adds the votes of two halves, or abstain.
 
@@ -182,10 +209,12 @@ def certify_dual(
 
     Args:
         select: (B, C + 1) integer counts of each half, by :func:`count_votes` with that half as the
-            noise, under the selection key; equally many samples on both sides.
+            noise, under the selection key; equally many samples on both sides. Or (B,) integer
+            classes that were fixed without a look at the estimate.
         estimate: counts of fresh samples, likewise; the numbers of samples may differ.
         halves: what was drawn, in the same order; their masks share no pixel.
         alpha: probability that one certificate is false, in (0, 1).
+        anytime: bounds that hold for all numbers of samples at once, as in :func:`certify`.
 
     Returns:
         A :class:`Certificate`. ``count``, ``n`` and ``rejects`` are sums over the halves, and
@@ -198,43 +227,39 @@ def certify_dual(
             samples that it would always abstain.
     """
     alpha = float(check_probability("alpha", alpha))
-    pair = _check_pair(halves)
-    if any(a is b for a in select for b in estimate):
-        raise ValueError(
-            "select and estimate share an array: the bounds need samples that had no part in "
-            "selecting the class; count them under stages(key).estimate"
-        )
+    pair = check_halves(halves)
     left, right = (_check_counts("estimate", counts) for counts in estimate)
-    first, second = (_check_counts("select", counts) for counts in select)
-    if not first.shape == second.shape == left.shape == right.shape:
-        raise ValueError(
-            "all four arrays of counts must have one shape, got select "
-            f"{first.shape}, {second.shape} and estimate {left.shape}, {right.shape}"
-        )
-    if np.any(first.sum(axis=1) != second.sum(axis=1)):
-        raise ValueError("select must have as many samples of each input on both sides")
-    selected = _select(first + second, left.shape)
+    if left.shape != right.shape:
+        raise ValueError(f"both estimates must have one shape, got {left.shape} and {right.shape}")
+    chosen: Any = select
+    if np.ndim(chosen[0]) == 0:
+        selected = _select(chosen, left.shape)
+    else:
+        if any(a is b for a in chosen for b in estimate):
+            raise ValueError(
+                "select and estimate share an array: the bounds need samples that had no part in "
+                "selecting the class; count them under stages(key).estimate"
+            )
+        first, second = (_check_counts("select", counts) for counts in chosen)
+        if first.shape != second.shape or np.any(first.sum(axis=1) != second.sum(axis=1)):
+            raise ValueError("select must have as many samples of each input on both sides")
+        selected = _select(first + second, left.shape)
 
     n = [counts.sum(axis=1) for counts in (left, right)]
-    least = [unanimous(int(samples.min()), alpha / 2, False) for samples in n]
-    if sum(least) >= 1:
-        raise ValueError(
-            f"{n[0].min()} and {n[1].min()} samples can never certify at alpha = {alpha:g}: each "
-            f"half gets alpha / 2, and {math.floor(2 - math.log2(alpha))} in each are needed"
-        )
+    check_enough_of_halves((int(n[0].min()), int(n[1].min())), alpha, anytime)
     count = [np.take_along_axis(c, selected[:, None], axis=1)[:, 0] for c in (left, right)]
-    bounds = [statistics.clopper_pearson_upper(m - k, m, alpha / 2) for k, m in zip(count, n)]
-    lower = [statistics.clopper_pearson_lower(k, m, alpha / 2) for k, m in zip(count, n)]
-    radius = _reach(pair, (bounds[0], bounds[1]))
-    most = [unanimous(int(samples.max()), alpha / 2, False) for samples in n]
-    if np.any(radius > _reach(pair, (most[0], most[1]))):
+    bounds = [upper(m - k, m, alpha / 2, anytime) for k, m in zip(count, n)]
+    below = [lower(k, m, alpha / 2, anytime) for k, m in zip(count, n)]
+    radius = signed_radius(pair, (bounds[0], bounds[1]))
+    most = [unanimous(int(samples.max()), alpha / 2, anytime) for samples in n]
+    if np.any(radius > signed_radius(pair, (most[0], most[1]))):
         raise AssertionError(f"radius {radius.max()} is above the ceiling of all votes equal")
     certified = radius > 0
     return Certificate(
         prediction=np.where(certified, selected, ABSTAIN),
         radius=np.where(certified, radius, 0.0),
         selected=selected,
-        p_lower=(lower[0] + lower[1]) / 2,
+        p_lower=(below[0] + below[1]) / 2,
         count=count[0] + count[1],
         rejects=left[:, -1] + right[:, -1],
         n=n[0] + n[1],

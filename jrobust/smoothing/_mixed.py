@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jrobust._algorithm import algorithm
-from jrobust.smoothing._certify import ABSTAIN, Certificate, _larger, certify
+from jrobust.smoothing._certify import ABSTAIN, Certificate, certify, larger
 from jrobust.smoothing._noise import Noise, probabilities
 
 Array = jax.Array
@@ -210,6 +210,6 @@ def certify_mixed(
         )
         for constant in (None, lipschitz)
     )
-    best = _larger(smoothed, bounded)
+    best = larger(smoothed, bounded)
     wins = np.where(bounded.radius > smoothed.radius, "lipschitz", "smoothed")
     return best, np.where(best.prediction == ABSTAIN, "none", wins)

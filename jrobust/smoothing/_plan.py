@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jrobust import statistics
-from jrobust.smoothing._certify import (
-    certify,
-    certify_staged,
-    check_enough,
-    proves,
-    unanimous,
-    upper,
-)
+from jrobust.smoothing._certify import Certificate, check_top
+from jrobust.smoothing._dual import Half
 from jrobust.smoothing._noise import Noise
-from jrobust.statistics._binomial import check_probability
+from jrobust.smoothing._staged import Rule, rule, shared, staged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +26,7 @@ class Plan:
     least: int
     """Votes of n that the top class needs at the last stage to be certified at all."""
     n: int
-    """Votes for each input at most, beside those that select."""
+    """Votes for each input at most, beside those that select; of two halves, for each of them."""
     votes: float
     """Votes to expect in all, selection included: at most, without ``p``."""
     seconds: float | None
@@ -61,7 +54,7 @@ class Plan:
 
 
 def plan(
-    noise: Noise,
+    noise: Noise | tuple[Half, Half],
     n: int | Sequence[int],
     alpha: float,
     *,
@@ -69,93 +62,112 @@ def plan(
     images: int = 1,
     radius: float | None = None,
     p: ArrayLike | None = None,
+    top: int = 1,
+    two_bounds: bool = False,
     pairs: int = 0,
     anytime: bool = False,
+    classes: int | None = None,
     votes_per_second: float | None = None,
     pairs_per_second: float | None = None,
 ) -> Plan:
-    """Radius ceiling, votes and time of a certification with one bound.
+    """Radius ceiling, votes and time of a certification.
 
     Args:
-        noise: the noise.
+        noise: the noise, or the two halves of :func:`certify_dual`, each of which gets n votes.
         n: votes that estimate, or the total votes after each stage of :func:`certify_staged`.
         alpha: probability that one certificate is false.
         n0: votes that select.
         images: inputs to certify.
         radius: what the stages stop at.
-        p: (M,) guesses of the top class' probability, such as the vote fractions of a pilot run of
-            M inputs. With them votes and radius are those of a simulated run (one draw, seed 0).
+        p: guesses of the answers' probabilities, such as the vote fractions of a pilot run of M
+            inputs: (M, C + 1), rejects last, in any order of the classes; of two halves
+            (M, 2, C + 1). Or those of the top class alone, (M,) or (M, 2), all others then one
+            rival's. With them votes and radius are those of a simulated run (one draw, seed 0).
+        top: as in :func:`certify`, like ``two_bounds`` and ``anytime``.
         pairs: samples that are also shown to the exact model, where a fast one votes.
-        anytime: as in :func:`certify`.
+        classes: C, where the votes that are needed depend on it: with ``two_bounds``. By default
+            what ``p`` shows, else the fewest that there can be, where most are needed.
         votes_per_second: of the model that votes, as measured.
         pairs_per_second: of both models on the same samples; needed with ``pairs`` for the time.
 
     Raises:
-        ValueError: alpha or p out of range; too few votes or pairs to certify anything; pairs with
-            stages.
+        ValueError: alpha, p or counts out of range; too few votes or pairs to certify anything;
+            pairs with stages or two bounds.
     """
-    alpha = float(check_probability("alpha", alpha))
-    noise.check()
-    stages = (n,) if isinstance(n, int) else tuple(n)
+    stages = tuple(n) if isinstance(n, Sequence) else (n,)
+    made = rule(noise, top=top, two_bounds=two_bounds, anytime=anytime, pairs=pairs)
     if pairs and len(stages) > 1:
         raise ValueError("a certificate from another model's votes has one stage")
-    level = (alpha if anytime else alpha / len(stages)) / (2 if pairs else 1)
-    last = stages[-1]
-    check_enough("n", last, level, anytime)
-    missed = 0.0
-    if pairs:
-        check_enough("pairs", pairs, level, anytime)
-        missed = unanimous(pairs, level, anytime)
+    for name, value, least in (("images", images, 1), ("n0", n0, 0), ("pairs", pairs, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, rate in (("votes", votes_per_second), ("pairs", pairs_per_second)):
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{name}_per_second must be positive, got {rate}")
+    share = shared(made, stages, radius, alpha)
+    last, halves = int(stages[-1]), len(made.noises)
+    chance = None if p is None else _answers(np.asarray(p, np.float64), halves, top)
+    if classes is None:
+        classes = top + 1 if chance is None else chance.shape[-1] - 1
+    check_top(top, classes)
 
-    def reach(wrong: int) -> np.ndarray:
-        """Radius if that many votes go elsewhere, and no pair disagrees."""
-        return noise.radius(min(1.0, float(upper(wrong, last, level, anytime)) + missed))
-
-    none, some = -1, last  # wrong votes that certify and that do not
-    while some - none > 1:
-        middle = (none + some) // 2
-        none, some = (middle, some) if proves(noise, reach(middle)) else (none, middle)
-    if none < 0:
-        raise ValueError(
-            f"{last} votes and {pairs} pairs can never certify at alpha = {alpha:g}: raise both"
-        )
-
-    votes, average = float(images * (n0 + last)), None
-    if p is not None:
-        chance = np.asarray(p, np.float64)
-        if chance.ndim != 1 or len(chance) < 1 or not np.all((chance >= 0) & (chance <= 1)):
-            raise ValueError(f"p must be (M,) probabilities with M >= 1, got {p}")
-        rng, cast = np.random.default_rng(0), []
-
-        def vote(rows: np.ndarray, start: int, count: int) -> np.ndarray:
-            cast.append(len(rows) * count)
-            hits = rng.binomial(count, chance[rows])
-            return np.stack([hits, count - hits, 0 * hits], axis=1)
-
-        select = np.zeros(len(chance), np.int64)
-        if pairs:
-            estimate = vote(np.arange(len(chance)), 0, last)
-            agree = np.tile([0, 0, pairs], (len(chance), 1))
-            result = certify(select, estimate, noise, alpha, anytime=anytime, disagreements=agree)
-        else:
-            result = certify_staged(
-                select, vote, noise, alpha, stages=stages, radius=radius, anytime=anytime
-            )
-        votes = images * (n0 + sum(cast) / len(chance))
+    votes, average = float(images * halves * (n0 + last)), None
+    if chance is not None:
+        result, cast = _simulated(made, chance, stages, radius, alpha)
+        votes = images * (halves * n0 + cast / len(chance))
         average = float(np.mean(result.radius))
     seconds = None if votes_per_second is None else votes / votes_per_second
     if pairs and seconds is not None:
         seconds = None if pairs_per_second is None else seconds + images * pairs / pairs_per_second
-    least_q = math.nextafter(unanimous(last, level, anytime) + missed, 0.0)
     return Plan(
-        ceiling=float(noise.radius(least_q)),
-        norm=noise.norm,
-        least=last - none,
+        ceiling=made.ceiling(last, share),
+        norm=made.norm,
+        least=made.least(last, share, classes),
         n=last,
         votes=votes,
         seconds=seconds,
         average_radius=average,
         false=int(statistics.false_certificates(images, alpha)),
         images=images,
-        alpha=alpha,
+        alpha=float(alpha),
     )
+
+
+def _answers(p: np.ndarray, halves: int, top: int) -> np.ndarray:
+    """Probabilities of all answers, (M, C + 1) or (M, 2, C + 1); those of the top class first."""
+    shape = p.shape[:1] if halves == 1 else (*p.shape[:1], halves)
+    if p.ndim and p.shape == shape and np.all((p >= 0) & (p <= 1)):
+        none = np.zeros_like(p)
+        p = np.stack([p, 1 - p, *[none] * max(1, top)], axis=-1)
+    whole = p.ndim == len(shape) + 1 and p.shape[:-1] == shape and p.shape[-1] >= 3
+    if p.size < 1 or not whole or not np.all(p >= 0) or not np.allclose(p.sum(-1), 1, atol=1e-6):
+        raise ValueError(
+            f"p must be probabilities of the top class, of shape {shape} with M >= 1, or of all C "
+            f"classes and rejects, {(*shape, 'C + 1')}, got shape {p.shape}"
+        )
+    return p / p.sum(-1, keepdims=True)
+
+
+def _simulated(
+    made: Rule,
+    chance: np.ndarray,
+    stages: Sequence[int],
+    radius: float | None,
+    alpha: float,
+) -> tuple[Certificate, int]:
+    """Certificates of a simulated run, and the votes it cast beside those that select."""
+    rng, cast = np.random.default_rng(0), []
+
+    def vote(rows: np.ndarray, start: int, count: int) -> np.ndarray:
+        drawn = rng.multinomial(count, chance[rows])
+        cast.append(int(drawn.sum()))
+        return drawn
+
+    answers = chance.shape[-1] - 1
+    select = chance[..., :answers].reshape(len(chance), -1, answers).sum(axis=1).argmax(axis=1)
+    if made.pairs:
+        agree = np.zeros((len(chance), answers + 1), np.int64)
+        agree[:, -1] = made.pairs
+        votes = vote(np.arange(len(chance)), 0, int(stages[-1]))
+        return made.certify(select, votes, alpha, agree), sum(cast)
+    return staged(made, select, vote, stages, radius, alpha), sum(cast)

@@ -77,8 +77,13 @@ def _copies(image_keys: Array, x: Array, noise: Noise, samples: Array) -> tuple[
     return points, jnp.isfinite(points).reshape(len(points), -1).all(axis=1)
 
 
-# Compiled on its own, because a black box is asked from Python.
-_compiled_copies = jax.jit(_copies)
+def _answers(fn: Callable[[Array], Array], points: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return fn(points)
+
+
+# Compiled on their own, because a black box is asked from Python.
+_compiled_copies, _compiled_answers = jax.jit(_copies), jax.jit(_answers)
 
 
 def _scan(
@@ -114,18 +119,32 @@ def _scan(
     return drive.loop(-(-n // chunk), body, init)
 
 
+def _check_range(ids: Any) -> None:
+    """Raise ``ValueError`` for ids that 32 bits do not tell apart."""
+    if isinstance(ids, jax.Array):
+        return
+    wide = np.asarray(ids)
+    if wide.dtype.kind in "iu" and wide.size and not -(2**31) <= wide.min() <= wide.max() < 2**32:
+        raise ValueError(
+            f"ids must fit in 32 bits, got {wide.min()} .. {wide.max()}: inputs whose ids differ "
+            "by a multiple of 2^32 would share their noise"
+        )
+
+
 def _prepare(
     key: Array, x: Array, n: int, start: Array | int, ids: Array | None, chunk: int | None
 ) -> tuple[Array, Array, int]:
     """Checked (x, ids, chunk)."""
-    ids = None if ids is None else jnp.asarray(ids)
+    if ids is not None:
+        _check_range(ids)
+        ids = jnp.asarray(ids)
     _check(key, x, n, start, ids)
     x = jnp.asarray(x)
     if chunk is None:
         most = default_chunk(x.shape[0], x.shape[1:])
         chunk = -(-n // -(-n // most))  # as many passes, but equally full ones
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be at least 1, a Python int, got {chunk!r}")
     return x, jnp.arange(x.shape[0]) if ids is None else ids, min(chunk, n)
 
 
@@ -150,9 +169,29 @@ def _vote(logits: Array) -> Array:
     return jnp.where(finite, jnp.argmax(logits, axis=1), logits.shape[1])
 
 
+def _said(fn: Any, points: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, int]:
+    """(R,) votes at the points (R, ...), and the number of classes.
+
+    A black box is shown the points ``asked`` (R,) alone; its votes at the others are -1.
+    """
+    if drive.is_host(fn):
+        logits = fn(jnp.asarray(points[asked]))
+    else:
+        # A plain function is static, one trace for each function object.
+        model = jax.tree_util.Partial(fn) if jax.tree_util.all_leaves([fn]) else fn
+        logits = _compiled_answers(model, points)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"the models must answer with (R, C) logits, C >= 2, got {logits.shape}")
+    votes = np.asarray(_vote(logits))
+    if drive.is_host(fn):
+        votes, given = np.full(len(points), -1), votes
+        votes[asked] = given
+    return votes, logits.shape[1]
+
+
 def _ask(
     key: Array,
-    host: drive.Host,
+    label: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, int]],
     x: Array,
     noise: Noise,
     n: int,
@@ -160,18 +199,31 @@ def _ask(
     ids: Array,
     chunk: int,
 ) -> Array:
-    """The votes of a black box: asked from Python, once for each copy that is finite."""
-    counts: Any = 0
+    """As :func:`_scan`, from Python, because a black box is asked: only at copies that are finite.
+
+    ``label(points, asked)`` gives labels below ``classes`` for what is counted, and ``classes``.
+    """
+    if any(isinstance(one, jax.core.Tracer) for one in (key, x, start, ids)):
+        raise TypeError(
+            "a Host model cannot be traced by jit or vmap: count its votes outside of them"
+        )
     image_keys = keys.examples(key, ids)
+    offsets = np.arange(chunk)
+    votes: Any = 0
     for first in range(0, n, chunk):
-        samples = jnp.uint32(start) + jnp.arange(first, min(first + chunk, n), dtype=jnp.uint32)
+        samples = jnp.uint32(start) + jnp.asarray(first + offsets, jnp.uint32)
         points, finite = map(np.asarray, _compiled_copies(image_keys, x, noise, samples))
-        logits = host(jnp.asarray(points[finite]))
-        labels = np.full(len(points), logits.shape[1])
-        labels[finite] = _vote(logits)
-        hits = labels.reshape(len(x), -1, 1) == np.arange(logits.shape[1] + 1)
-        counts = counts + hits.sum(axis=1, dtype=np.int32)
-    return jnp.asarray(counts)
+        asked = finite & np.tile(first + offsets < n, len(x))
+        if asked.any():
+            labels, classes = label(points, asked)
+            hits = np.where(asked, labels, classes).reshape(len(x), chunk, 1) == np.arange(classes)
+            votes = votes + hits.sum(axis=1, dtype=np.int32)
+    if np.ndim(votes) == 0:
+        raise ValueError(
+            "no noisy copy of any input is finite, so that the Host model was not asked, and the "
+            "number of its classes is not known"
+        )
+    return jnp.asarray(np.concatenate([votes, n - votes.sum(axis=1, keepdims=True)], axis=1))
 
 
 def count_votes(
@@ -223,9 +275,14 @@ def count_votes(
     """
     x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
     if drive.is_host(logits_fn):
-        return _ask(key, logits_fn, x, noise, n, start, ids, chunk)
+        return _ask(key, lambda *at: _said(logits_fn, *at), x, noise, n, start, ids, chunk)
     logits_of, classes = _logits_of(logits_fn, (x.shape[0] * chunk, *x.shape[1:]))
     return _scan(key, lambda v: _vote(logits_of(v)), classes + 1, x, noise, n, start, ids, chunk)
+
+
+def _check_classes(classes: int, others: int) -> None:
+    if classes != others:
+        raise ValueError(f"logits_fn has {classes} classes but voter {others}")
 
 
 def count_disagreements(
@@ -245,7 +302,8 @@ def count_disagreements(
     What lets a fast model, for instance the bfloat16 twin, vote for a certificate of the float32
     one: see ``disagreements`` of :func:`certify`. Both see the copies that :func:`count_votes`
     draws under the same key, and a sample that either cannot answer with finite logits is a vote
-    for no class.
+    for no class. Where one of them is a :class:`jrobust.drive.Host`, such as an exact model that
+    charges for answers beside a fast one that does not, it is asked once for each finite copy.
 
     Args:
         key: a typed threefry key, of one stage.
@@ -264,11 +322,19 @@ def count_disagreements(
         TypeError, ValueError: as :func:`count_votes`; models with different numbers of classes.
     """
     x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
+    if drive.is_host(logits_fn) or drive.is_host(voter):
+
+        def differ(points: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, int]:
+            meant, classes = _said(logits_fn, points, asked)
+            said, others = _said(voter, points, asked)
+            _check_classes(classes, others)
+            return np.where(said != meant, said, classes), classes
+
+        return _ask(key, differ, x, noise, n, start, ids, chunk)
     shape = (x.shape[0] * chunk, *x.shape[1:])
     exact, classes = _logits_of(logits_fn, shape)
     fast, others = _logits_of(voter, shape)
-    if classes != others:
-        raise ValueError(f"logits_fn has {classes} classes but voter {others}")
+    _check_classes(classes, others)
 
     def label(points: Array) -> Array:
         said = _vote(fast(points))
