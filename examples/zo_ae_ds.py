@@ -14,7 +14,14 @@ certified by randomized smoothing. Beside it: RGE at equally many queries, the t
 (first order), and f without a front end.
 
 Digits take some minutes on two CPU cores; ``--data synthetic`` is the same for 32x32 colour images,
-with the published autoencoder, whose code has 192 numbers.
+with the published autoencoder, whose code has 192 numbers. What five minutes of CPU buy of that,
+
+    python examples/zo_ae_ds.py --data synthetic --clean 5000 --train 512 --test 50 --epochs 1
+        --seeds 1 --n 100 --methods CGE --encoder trained --sigma 0.12
+
+shows that it runs and what it costs, not what it is worth: the ResNet-8 behind it has 16% of the
+test images right after its 6 epochs, 10% of them are certified at r = 0 without a front end, and 8%
+with one after 8 steps of CGE (197,120 queries, 16 CPU seconds a step of 64 images).
 """
 
 from __future__ import annotations
@@ -222,6 +229,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     add = parser.add_argument
     add("--data", choices=("digits", "synthetic"), default="digits")
     add("--train", type=int, default=2000, help="training images at most")
+    add("--clean", type=int, default=2000, help="synthetic images for the box itself, at least")
     add("--test", type=int, default=200, help="images to certify")
     add("--encoder", choices=("fresh", "trained"), default="fresh")
     add("--methods", nargs="+", default=["first order", "CGE", "RGE"])
@@ -237,7 +245,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     if args.data == "digits":
         splits, network, epochs = data.digits(), models.MLP((128,)), (30, 60)
     else:
-        splits = data.synthetic(max(args.train, 2000), args.test, validation=0)
+        splits = data.synthetic(max(args.train, args.clean), args.test, validation=0)
         network, epochs = models.ResNet(8), (6, 6)
     parts, test = system(args.data), splits.test[: args.test]
     examples = splits.train[: args.train]

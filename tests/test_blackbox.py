@@ -440,6 +440,44 @@ def test_equal_rows_are_queries_unless_the_box_is_deterministic(tmp_path):
     assert fn.rows == fixed.ledger.paid == 5
 
 
+def test_threads_share_the_budget():
+    box, stopped = BlackBox(lambda x: time.sleep(0.001) or truth(x), budget=40), []
+
+    def ask(i):
+        try:
+            for j in range(10):
+                rows = X[[i + j, 2 * i + j]]
+                np.testing.assert_array_equal(box.query(rows), truth(rows))
+        except BudgetExceeded:
+            stopped.append(i)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stopped) >= 6  # two may have asked all they wanted
+    assert box.ledger == Ledger(40, 0, 40, 20, 40)
+
+
+def test_what_was_paid_for_no_use_is_known_to_the_next_run(tmp_path):
+    log = tmp_path / "log"
+    with BlackBox(lambda x: truth(x)[1:], log=log, budget=5) as box:
+        with pytest.raises(ValueError, match="must answer 4 rows"):
+            box.query(X[:4])
+        assert box.ledger == Ledger(0, 0, 4, 1, 4)
+    with BlackBox(truth, log=log, budget=5) as box:
+        assert box.ledger == Ledger(0, 0, 4, 1, 4)
+        with pytest.raises(BudgetExceeded):
+            box.query(X[:4])
+        box.query(X[:1])
+    with (
+        BlackBox(lambda x: truth(x)[:, :2], log=log) as box,
+        pytest.raises(ValueError, match=r"answered with .*3.* a row, now with .*2"),
+    ):
+        box.query(X[:2])
+
+
 def test_a_query_that_failed_halfway_costs_the_rest_alone(tmp_path):
     fn = Counted()
 

@@ -367,6 +367,39 @@ def test_devices_agree_on_a_network():
     chex.assert_trees_all_equal(run(PARAMS), alone)
 
 
+def test_devices_share_loops_and_branches():
+    """What they carry begins with constants, the same on all devices, and goes on by its own."""
+
+    def fn(x):
+        def turn(carry, row):
+            h = jnp.tanh(carry[0] + x[0] * row)
+            return (h, carry[1] + 1), h * carry[1]
+
+        (h, _), rows = lax.scan(turn, (0.5, 0.0), np.float32([0.5, -1]))
+        counted = lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] * x[1] + 1), (0, 0.0)
+        )[1]
+        branch = lax.cond(h > -2, lambda: 0.0, lambda: h)  # evaluated twice, as the next loop
+        chosen = lax.switch(Y[1], [lambda: 1.0, lambda: jnp.sum(x**3)])
+        until = lax.while_loop(
+            lambda s: s[0] < 9, lambda s: (s[0] + x[2], s[1] + x[1]), (0.0, 0.0)
+        )[1]
+        return h**2 + rows.sum() + counted + branch + chosen + until
+
+    x, estimators = jnp.array([1.0, 0.25, 2.0]), [CGE(0.25, axis_name=parallel.AXIS)]
+    estimators += [CGE(0.25), CGE(0.25, exact=False)]
+
+    def estimates(x):
+        return [estimator(None, fn, x)[1] for estimator in estimators]
+
+    mesh = parallel.mesh(jax.devices()[:2])
+    run = jax.shard_map(estimates, mesh=mesh, in_specs=P(), out_specs=P())
+    with pytest.warns(DifferenceWarning, match="changes"):
+        shared, alone, evaluated = jax.jit(run)(x)
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
+    np.testing.assert_allclose(shared, evaluated, rtol=1e-4)
+
+
 def test_devices_share_evaluations_too():
     estimator = CGE(0.5, exact=False, chunk=2, axis_name="data")
     run = jax.shard_map(

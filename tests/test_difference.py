@@ -66,6 +66,12 @@ def error(got, wanted):
     return np.max(wrong[size > 0] / size[size > 0])
 
 
+def spectrum(x):
+    z = jnp.fft.fft(x)
+    z = z * jnp.conj(z) / (2 + jnp.abs(z)) * lax.complex(x, 2 * x) + jnp.where(x > 0.1, z, 2 * z)
+    return jnp.abs(z) + jnp.imag(z) * jnp.fft.ifft(z).real
+
+
 NORMAL, POSITIVE = draw(0, 4, 6), draw(1, 4, 6, positive=True)
 OTHER = draw(2, 4, 6)
 IMAGE, KERNEL = draw(3, 2, 5, 6, 3), 0.3 * draw(4, 3, 2, 3, 4)
@@ -73,6 +79,7 @@ ALL = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 NEARLY = np.float32(0.99) * NORMAL[:, 0]  # so that small changes move an argmax
 CLOSE = np.float32(1) + np.round(4 * NORMAL) * np.float32(2**-23)  # a few roundings from 1
 INDEX = np.int32([[1, 3], [0, 2]])
+BYTES = np.full((6, 6), 3, np.int8)
 
 
 def conv(lhs, rhs, **how):
@@ -198,6 +205,26 @@ CASES = {
     "split": (lambda x: jnp.multiply(*jnp.split(x, 2)), NORMAL),
     "tile": (lambda x: jnp.tile(x, (2, 1)) * 2, NORMAL),
     "convert_element_type": (lambda x: (x > 0.1).astype(x.dtype) * x + (9 * x).astype(int), NORMAL),
+    "convert_element_type:bytes": (  # differences of bytes wrap around
+        lambda x: (
+            x
+            + (jnp.clip(x, 0, 1) * 255).astype(jnp.uint8).astype(x.dtype)
+            + (99 * jnp.sign(x - 0.1)).astype(jnp.int8)
+        ),
+        NORMAL,
+    ),
+    "dot_general:bytes": (
+        lambda x: (
+            x
+            + lax.dot((99 * jnp.sign(x)).astype(jnp.int8), BYTES, preferred_element_type=jnp.int32)
+        ),
+        NORMAL,
+    ),
+    "fft complex conj real imag": (spectrum, NORMAL),
+    "gather:outside": (
+        lambda x: jnp.take(x, np.array([0, 9, 2]), 0, mode="fill", fill_value=5.0) ** 2,
+        NORMAL,
+    ),
     "gather": (lambda x: jnp.tanh(jnp.take_along_axis(x, INDEX, 1, mode="clip")), NORMAL[:2]),
     "gather:moved": (lambda x: x[jnp.argmax(0.3 * x, 0), jnp.arange(6)] ** 2, NORMAL),
     "dynamic_slice": (
@@ -210,7 +237,11 @@ CASES = {
         OTHER[:1, :2],
     ),
     "scatter": (lambda x, u: x.at[INDEX[0]].set(u), NORMAL, OTHER[:2]),
-    "scatter-add": (lambda x, u: x.at[INDEX[0]].add(u), NORMAL, OTHER[:2]),
+    "scatter-add scatter-sub": (
+        lambda x, u: x.at[INDEX[0]].add(u).at[INDEX[1]].subtract(3 * u),
+        NORMAL,
+        OTHER[:2],
+    ),
     "dot_general": (lambda a, b: a @ b.T, NORMAL, OTHER),
     "dot_general:free": (lambda a, b: a.T @ b, NORMAL, OTHER),
     "dot_general:batch": (lambda a, b: jnp.einsum("nc,cn->cn", a, b.T), NORMAL, OTHER),
@@ -508,6 +539,31 @@ def test_half_precision_convolutions_keep_the_difference():
     wrong = by_size(our_single_weights(loss, params, leaves, picks), wanted)
     assert np.all(wrong < 5e-3)
     assert np.all(wrong > 1e-5), "otherwise these are no convolutions in bfloat16"
+
+
+def test_float16_products_keep_small_changes():
+    """They would vanish in it: 6e-8 is its smallest number."""
+    x, dw = OTHER.astype(np.float16), 1e-9 * draw(41, 6, 3)
+    _, delta = differencer(lambda w: jnp.asarray(x) @ w.astype(jnp.float16), draw(42, 6, 3))
+    np.testing.assert_allclose(delta(dw), x.astype(np.float64) @ dw, rtol=1e-4)
+
+
+def test_a_float64_base_pass_tells_apart_what_float32_does_not():
+    """Both sides of the comparison are 1 in float32."""
+
+    def f(z):
+        a = 1 + 1e-9 * z
+        return jnp.where(a > jnp.ones_like(a), 10.0 * z, -z)
+
+    z, dz = np.float32([1, -1, 1, 1, -1]), np.float32([1e-3, 1e-3, 0, -3, 1.5])
+    _, delta = differencer(f, z, primal_dtype=jnp.float64)
+    assert error(delta(dz)[None], truth(f, [z], [dz[None]])) < 1e-6
+
+
+def test_long_ways_to_nearly_nothing():
+    for f, x, d in ((jnp.log, 3, -2.999999), (jnp.square, 1.1, -2.2000005)):
+        x, d = np.float32(x), np.float32(d)
+        assert error(difference(f)(x, d)[1][None], truth(f, [x], [d[None]])) < 1e-6
 
 
 def test_a_float64_base_pass_is_right_across_kinks():

@@ -405,6 +405,13 @@ def test_activations_of_a_linear_model_in_closed_form():
     assert estimator.queries(fn, {"w": w}) == 2  # one pre-activation in place of three weights
 
 
+def test_activations_of_examples_that_meet_are_no_estimate():
+    """Here the first axis of the product is not that of the examples, though of its length."""
+    x, w = jnp.cos(jnp.arange(21.0)).reshape(3, 7), jnp.sin(jnp.arange(21.0)).reshape(3, 7)
+    fn = lambda w: jnp.sum((w @ x.T).T ** 2, 1)  # noqa: E731
+    assert jnp.all(jnp.isnan(jax.jit(lambda w: ActivationCGE(0.1)(None, fn, w)[1])(w)))
+
+
 @full
 def test_activations_of_a_network_are_the_gradient(key):
     module = models.SmallCNN(widths=(4, 6), hidden=5, classes=3, norm=True)

@@ -86,7 +86,9 @@ class ActivationCGE:
         Args:
             key: ignored: there is no randomness.
             fn: params -> (B,) float32, one loss for each example, of which none may depend on other
-                examples: batch-norm with its running averages, no attack across examples.
+                examples: batch-norm with its running averages, no attack across examples. Where
+                half of the pre-activations of an array move losses of the other half, its estimate
+                is NaN.
             params: pytree of float arrays.
 
         Raises:
@@ -124,6 +126,10 @@ class ActivationCGE:
         z = env[tap.out]
         _, delta = differencer(lambda z: _suffix(jaxpr, env, tap.out, z), z)
         batch, size = z.shape[0], tap.queries
+        half = jnp.arange(batch) % 2 == 0
+        shape = (batch, *(1,) * (z.ndim - 1))
+        seen = delta(jnp.broadcast_to(jnp.where(half, self.mu, 0).reshape(shape), z.shape))
+        mixed = jnp.any((seen != 0) & ~half)
 
         def slopes(p: Array) -> Array:
             """(B,) quotients of the losses for pre-activation ``p``; of none if there is none."""
@@ -144,7 +150,7 @@ class ActivationCGE:
             return value
 
         (grad,) = jax.linear_transpose(forward, leaf)(back.astype(z.dtype))
-        return grad.astype(leaf.dtype)
+        return jnp.where(mixed, jnp.nan, grad).astype(leaf.dtype)
 
 
 def _traced(fn: Callable[[PyTree], Array], params: PyTree) -> tuple[Jaxpr, Sequence[Any]]:

@@ -167,11 +167,14 @@ class BlackBox(Host):
         self._asked = collections.Counter[bytes]()  # by content
         self._numbers = itertools.count()
         self._like: tuple[Any, ...] | None = None
+        self._turn = threading.RLock()
         self._log, self._run = None, secrets.token_hex(8)
         if log is not None:
             self._log = _Log(log, self._run, deterministic)
             self._run, self._known = self._log.run, self._log.answers
             self._ledger = self._log.ledger
+            for answer in itertools.islice(self._known.values(), 1):
+                self._like = answer.dtype, *answer.shape
 
     @property
     def ledger(self) -> Ledger:
@@ -193,6 +196,8 @@ class BlackBox(Host):
     def query(self, x: Any) -> np.ndarray:
         """Answers (n, ...) to the rows of ``x`` (n, ...), in the dtype of the service.
 
+        Threads take turns, so that the counts and the budget hold for all of them together.
+
         Raises:
             BudgetExceeded: before any row is asked.
             ConnectionError: a request had no answer in ``retries + 1`` attempts. With a log,
@@ -203,6 +208,10 @@ class BlackBox(Host):
         x = np.asarray(x, order="C")
         if x.ndim == 0 or len(x) == 0 or x.dtype.kind not in "biuf":
             raise ValueError(f"x must be rows (n, ...) of numbers, got {x.dtype} {x.shape}")
+        with self._turn:
+            return self._query(x)
+
+    def _query(self, x: np.ndarray) -> np.ndarray:
         keys = self._keys(x)
         new: dict[bytes, int] = {}
         for i, key in enumerate(keys):
@@ -265,14 +274,18 @@ class BlackBox(Host):
                 f"{self._ledger.paid} rows were answered before. The last failure: {failure}"
             ) from failure
         self._count(paid=rows)
-        like = answers.dtype, *answers.shape[1:]
+        like, wrong = (answers.dtype, *answers.shape[1:]), None
         if answers.shape[:1] != (rows,) or answers.dtype.kind not in "biuf":
-            raise ValueError(
+            wrong = (
                 f"the black box must answer {rows} rows with numbers of shape ({rows}, ...), got "
                 f"{answers.dtype} {answers.shape}"
             )
-        if self._like not in (None, like):
-            raise ValueError(f"the black box answered with {self._like} a row, now with {like}")
+        elif self._like not in (None, like):
+            wrong = f"the black box answered with {self._like} a row, now with {like}"
+        if wrong is not None:
+            if self._log is not None:
+                self._log.useless(request, rows)
+            raise ValueError(wrong)
         self._like = like
         if self._log is not None:
             self._log.answered(request, rows, names, answers)
@@ -476,11 +489,13 @@ def _check_timeout(timeout: float) -> None:
 # One line that says what the file is, then records, each a line and so many bytes as it says:
 #
 #   sent <request> <rows> 0 <crc of nothing> <crc of the line so far>
+#   useless <request> <rows> 0 <crc of nothing> <crc of the line so far>
 #   answer <request> <rows> <bytes> <crc of the bytes> <crc of the line so far>
 #
-# The bytes of an answer are the keys of the rows (20 each) and the answers in .npy format. The last
-# record may be torn by a crash. Anything else that does not fit is damage, and no reason to forget
-# the paid answers behind it: that is left to the user.
+# The bytes of an answer are the keys of the rows (20 each) and the answers in .npy format;
+# "useless" is one of another form than asked for, paid nevertheless. The last record may be torn by
+# a crash. Anything else that does not fit is damage, and no reason to forget the paid answers
+# behind it: that is left to the user.
 
 _TITLE = b"jrobust black box 1 "
 _LINE = 512  # longer than any line
@@ -528,6 +543,10 @@ class _Log:
         self._append(_record("answer", request, rows, keys + _pack(answers)))
         os.fsync(self._file.fileno())
 
+    def useless(self, request: str, rows: int) -> None:
+        self._append(_record("useless", request, rows, b""))
+        os.fsync(self._file.fileno())
+
     def _append(self, record: bytes) -> None:
         end = os.fstat(self._file.fileno()).st_size
         rest = memoryview(record)
@@ -565,6 +584,8 @@ class _Log:
             for what, rows, payload in _records(file, self.path, size):
                 if what == b"sent":
                     done = Ledger(attempts=1, sent=rows)
+                elif what == b"useless":
+                    done = Ledger(paid=rows)
                 else:
                     done = Ledger(paid=rows)
                     names = (payload[i * _KEY : (i + 1) * _KEY] for i in range(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jrobust._algorithm import algorithm
 from jrobust.zeroth_order import _difference_rules as rules
-from jrobust.zeroth_order._difference_rules import Equation, Slab, cast, dense, up, widen
+from jrobust.zeroth_order._difference_rules import (
+    Equation,
+    Slab,
+    cast,
+    dense,
+    together,
+    up,
+    varying,
+    widen,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -302,7 +312,7 @@ def _values(
     variables: Sequence[Any], names: Sequence[int | None], values: list[Array]
 ) -> list[Any]:
     return [
-        rules.read(v, None if name is None else values[name]) for v, name in zip(variables, names)
+        rules.read(v, None) if name is None else values[name] for v, name in zip(variables, names)
     ]
 
 
@@ -411,7 +421,8 @@ def _base(
             outs = _EVALUATIONS.get(name, rules.bind)(eqn, ins, wide)
             first, last = (True, False) if name in _EVALUATIONS else rules.needs(eqn)
             if todo is not None:
-                note = keep(eqn.invars, ins, first), keep(eqn.outvars, outs, last)
+                before = keep(*rules.operands(eqn, ins), first)
+                note = before, keep(eqn.outvars, outs, last)
         env.update(zip(eqn.outvars, outs))
         notes.append(None if todo is None else note)
     return list(map(read, jaxpr.outvars)), notes
@@ -420,8 +431,9 @@ def _base(
 # ---------------------------------------------------------------------------- loops and branches
 
 
-def _evaluate(closed: Any, args: Sequence[Any], wide: Any) -> list[Any]:
-    return _base(closed.jaxpr, closed.consts, args, wide, None, _Tape())[0]
+def _evaluate(closed: Any, args: Sequence[Any], wide: Any, zero: Any = None) -> list[Any]:
+    outs = _base(closed.jaxpr, closed.consts, args, wide, None, _Tape())[0]
+    return outs if zero is None else [varying(y, zero) for y in outs]
 
 
 def _both(
@@ -483,49 +495,63 @@ def _scan_delta(
     eqn: Equation, note: Any, values: list[Array], ds: Sequence[Any], strict: bool
 ) -> list[Any]:
     body = eqn.params["jaxpr"].jaxpr
-    consts, start, rows = _split(eqn, list(map(dense, ds)))
+    ds = list(map(dense, ds))
+    consts, start, rows = _split(eqn, ds)
     shared, stacked = ([values[i] for i in places] for places in note[:2])
-    carried = _split(eqn, body.invars)[1]
+    carried, zero = _split(eqn, body.invars)[1], together(shared, stacked, ds)
 
     def turn(carry: list[Any], row: Any) -> Any:
         kept, moves = row
         outs = _delta(body, note[2], [*shared, *kept], [*consts, *carry, *moves], strict)
         return outs[: len(carry)], outs[len(carry) :]
 
-    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (stacked, rows))
-    start = _settled(lambda carry: jax.eval_shape(turn, carry, first)[0], start, carried)
+    def shapes(carry: list[Any]) -> list[Any]:
+        first = jax.tree.map(
+            lambda a: a[0] if len(a) else jnp.zeros_like(a, shape=a.shape[1:]), (stacked, rows)
+        )
+        return turn(carry, first)[0]
+
+    start = _settled(functools.partial(jax.eval_shape, shapes), start, carried, zero)
 
     def filled(carry: list[Any], row: Any) -> Any:
         new, ys = turn(carry, row)
-        return _like(start, new, carried), ys
+        return _like(start, new, carried, zero), ys
 
     carry, ys = _scan(eqn, filled, start, (stacked, rows))
     return [*carry, *ys]
 
 
-def _like(pattern: Sequence[Any], ds: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+def _like(
+    pattern: Sequence[Any], ds: Sequence[Any], variables: Sequence[Any], zero: Array
+) -> list[Any]:
     """Zeros written out where the pattern has no None."""
-    return [None if p is None else _filled(d, v) for p, d, v in zip(pattern, ds, variables)]
+    return [
+        None if p is None else varying(_filled(d, v), zero)
+        for p, d, v in zip(pattern, ds, variables)
+    ]
 
 
 def _settled(
-    turn: Callable[[list[Any]], list[Any]], start: list[Any], variables: Sequence[Any]
+    turn: Callable[[list[Any]], list[Any]],
+    start: list[Any],
+    variables: Sequence[Any],
+    zero: Array,
 ) -> list[Any]:
     """The differences at the start of a loop, zeros written out where a turn makes them move."""
+    some = start
     while True:
-        new = turn(start)
-        some = [d if d is not None else n for d, n in zip(start, new)]
+        start = _like(some, start, variables, zero)
+        some = [d if d is not None else n for d, n in zip(start, turn(start))]
         if [d is None for d in some] == [d is None for d in start]:
             return start
-        start = _like(some, start, variables)
 
 
-def _while(eqn: Equation, ins: list[Any], wide: Any) -> list[Any]:
+def _while(eqn: Equation, ins: list[Any], wide: Any, zero: Any = None) -> list[Any]:
     asked, consts, start = _parts(eqn, ins)
     question, body = _bodies(eqn)
     return lax.while_loop(
         lambda carry: _evaluate(question, [*asked, *carry], wide)[0],
-        lambda carry: _evaluate(body, [*consts, *carry], wide),
+        lambda carry: _evaluate(body, [*consts, *carry], wide, zero),
         start,
     )
 
@@ -540,26 +566,28 @@ def _while_delta(eqn: Equation, xs: list[Any], ds: list[Any], strict: bool) -> l
     """Turns that are counted by what does not change; the values run along."""
     question, body = _bodies(eqn)
     asked, consts, start = _parts(eqn, xs)
-    dasked, dconsts, moves = _parts(eqn, list(map(dense, ds)))
-    variables = eqn.outvars
+    ds = list(map(dense, ds))
+    dasked, dconsts, moves = _parts(eqn, ds)
+    variables, zero = eqn.outvars, together(xs, ds)
+    start = [varying(v, zero) for v in start]
 
     def turn(state: Any) -> Any:
         return _both(body, [*consts, *state[0]], [*dconsts, *state[1]], strict)
 
-    moves = _settled(lambda ds: jax.eval_shape(turn, (start, ds))[1], moves, variables)
+    moves = _settled(lambda ds: jax.eval_shape(turn, (start, ds))[1], moves, variables, zero)
     asks = lambda s: _both(question, [*asked, *s[0]], [*dasked, *s[1]], strict)  # noqa: E731
     if jax.eval_shape(asks, (start, moves))[1][0] is not None:
         return _apart(eqn, xs, ds, "while with a condition that changes", strict)
 
     def step(state: Any) -> Any:
         new, ds = turn(state)
-        return new, _like(moves, ds, variables)
+        return list(map(varying, new, start)), _like(moves, ds, variables, zero)
 
     return lax.while_loop(lambda s: asks(s)[0][0], step, (start, moves))[1]
 
 
-def _cond(eqn: Equation, ins: list[Any], wide: Any) -> list[Any]:
-    branches = [lambda *args, b=b: _evaluate(b, args, wide) for b in _bodies(eqn)]
+def _cond(eqn: Equation, ins: list[Any], wide: Any, zero: Any = None) -> list[Any]:
+    branches = [lambda *args, b=b: _evaluate(b, args, wide, zero) for b in _bodies(eqn)]
     return lax.switch(ins[0], branches, *ins[1:])
 
 
@@ -567,19 +595,23 @@ def _cond_delta(eqn: Equation, xs: list[Any], ds: list[Any], strict: bool) -> li
     ds = list(map(dense, ds))
     if ds[0] is not None:
         return _apart(eqn, xs, ds, "cond with an index that changes", strict)
+    zero = together(xs, ds)
     branches = [lambda xs, ds, b=b: _both(b, xs, ds, strict)[1] for b in _bodies(eqn)]
     outs = [jax.eval_shape(branch, xs[1:], ds[1:]) for branch in branches]
     some = [next((d for d in each if d is not None), None) for each in zip(*outs)]
-    filled = [lambda *args, b=b: _like(some, b(*args), eqn.outvars) for b in branches]
+    filled = [lambda *args, b=b: _like(some, b(*args), eqn.outvars, zero) for b in branches]
     return lax.switch(xs[0], filled, xs[1:], ds[1:])
 
 
 def _apart(eqn: Equation, xs: list[Any], ds: list[Any], what: str, strict: bool) -> list[Any]:
     """Two evaluations, in float32 at least."""
     _lacking(what, strict)
-    evaluate = _EVALUATIONS[eqn.primitive.name]
-    pairs = (list(map(up, xs)), list(map(rules.moved, map(up, xs), map(dense, ds))))
-    old, new = (evaluate(eqn, args, np.float32) for args in pairs)
+    evaluate, zero = _EVALUATIONS[eqn.primitive.name], together(xs, ds)
+    xs = [varying(up(x), zero) for x in xs]
+    old, new = (
+        evaluate(eqn, args, np.float32, zero)
+        for args in (xs, list(map(rules.moved, xs, map(dense, ds))))
+    )
     return list(map(rules.change, new, old))
 
 

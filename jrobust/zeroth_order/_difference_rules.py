@@ -102,6 +102,28 @@ def change(new: Array, old: Array) -> Array:
     return new ^ old if new.dtype == jnp.bool_ else new - old
 
 
+def together(*trees: Any) -> Array:
+    """A zero that, inside shard_map, varies as any of these arrays does."""
+    zeros = [jnp.zeros_like(x, jnp.float32, shape=()) for x in jax.tree.leaves(trees)]
+    return sum(zeros, jnp.zeros((), jnp.float32))
+
+
+def varying(x: Any, like: Any) -> Array:
+    """``x``, inside shard_map varying as ``like`` does too: a choice between it and itself."""
+    return lax.select(jnp.zeros_like(like, jnp.bool_, shape=()), x, x)
+
+
+def alike(args: Sequence[Any]) -> Sequence[Any]:
+    """Operands that all vary as any of them does.
+
+    JAX's functions see to that, but not where an operation is bound alone.
+    """
+    if len({getattr(jax.typeof(x), "mat", None) for x in args}) < 2:
+        return args
+    zero = together(args)
+    return [varying(x, zero) for x in args]
+
+
 # ------------------------------------------------------------------------ one number at a time
 #
 # A rule takes (bind, xs, y, ds): the operation itself, and values and differences of equal shapes
@@ -142,6 +164,12 @@ def _erf(x: Array, y: Array, d: Array) -> Array:
     return jnp.where(short, small * sum(terms), far)
 
 
+def _log(x: Array, y: Array, d: Array) -> Array:
+    """By ``log1p``, or, over long ways, of the quotient: near 0 only ``x + d`` is exact."""
+    rate = d / x
+    return jnp.where(jnp.abs(rate) < 0.5, jnp.log1p(rate), jnp.log((x + d) / x))
+
+
 def _rsqrt(x: Array, y: Array, d: Array) -> Array:
     new = lax.rsqrt(x + d)
     return -d * (y * new) * (y * new) / (y + new)
@@ -156,10 +184,13 @@ def _integer_pow(n: int) -> Rule:
     def rule(x: Array, y: Array, d: Array) -> Array:
         if n == 0:
             return jnp.zeros_like(d)
-        new = x + d
+        new, size = x + d, abs(n)
+        step = 2 - size % 2  # of even powers x + new is a factor
         total = sum(
-            lax.integer_pow(new, i) * lax.integer_pow(x, abs(n) - 1 - i) for i in range(abs(n))
+            lax.integer_pow(new, i) * lax.integer_pow(x, size - step - i)
+            for i in range(0, size, step)
         )
+        total = total * (x + x + d) if step == 2 else total
         return d * total if n > 0 else -d * total * y * lax.integer_pow(new, n)
 
     return _unary(rule)
@@ -199,6 +230,13 @@ def _mirrored(rule: Rule) -> Rule:
 _min = _mirrored(_max)
 
 
+def _abs(x: Array, y: Array, d: Array) -> Array:
+    if not jnp.iscomplexobj(x):
+        return _max(None, [x, -x], y, [d, -d])
+    total = y + jnp.abs(x + d)
+    return jnp.real(jnp.conj(d) * (x + x + d)) / jnp.where(total == 0, 1, total)
+
+
 def _clamp(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
     low = jnp.maximum(xs[0], xs[1])
     d = None if ds[0] is ds[1] is None else _max(None, xs[:2], low, ds[:2])
@@ -219,11 +257,15 @@ def _select(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Any:
     return plus(d, jnp.where(new == which, jnp.zeros((), jump.dtype), jump))
 
 
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
 def _compare(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Array:
-    a, b = xs
-    gap = plus(a - b, _minus(*ds))
-    far = bind(moved(a, ds[0]), moved(b, ds[1]))  # infinities
-    return jnp.where(jnp.isfinite(gap), bind(gap, jnp.zeros_like(gap)), far) ^ bind(a, b)
+    (gap,), d = xs, _minus(*ds)
+    new = gap + d
+    # What did not move is as it was, also where the digits of a wide base pass are gone; and so are
+    # infinities that are equal.
+    return (bind(new, jnp.zeros_like(new)) ^ y) & (d != 0) & ~jnp.isnan(new)
 
 
 _POINTWISE: dict[str, Rule] = {
@@ -237,13 +279,13 @@ _POINTWISE: dict[str, Rule] = {
     "min": _min,
     "clamp": _clamp,
     "select_n": _select,
-    "abs": _unary(lambda x, y, d: _max(None, [x, -x], y, [d, -d])),
+    "abs": _unary(_abs),
     "exp": _unary(_exp),
     "exp2": _unary(lambda x, y, d: _exp(x * math.log(2), y, d * math.log(2))),
     "expm1": _unary(lambda x, y, d: _exp(x, jnp.exp(x), d)),
-    "log": _unary(lambda x, y, d: jnp.log1p(d / x)),
-    "log2": _unary(lambda x, y, d: jnp.log1p(d / x) / math.log(2)),
-    "log1p": _unary(lambda x, y, d: jnp.log1p(d / (1 + x))),
+    "log": _unary(_log),
+    "log2": _unary(lambda x, y, d: _log(x, y, d) / math.log(2)),
+    "log1p": _unary(lambda x, y, d: _log(1 + x, y, d)),
     "logistic": _unary(_logistic),
     "tanh": _unary(lambda x, y, d: 2 * _logistic(2 * x, None, 2 * d)),
     "erf": _unary(_erf),
@@ -252,10 +294,10 @@ _POINTWISE: dict[str, Rule] = {
     "cos": _unary(lambda x, y, d: -2 * jnp.sin(d / 2) * jnp.sin(x + d / 2)),
     "rsqrt": _unary(_rsqrt),
     "sqrt": _unary(_sqrt),
-    "square": _unary(lambda x, y, d: d * (x + (x + d))),
-    "one_minus_square": _unary(lambda x, y, d: -d * (x + (x + d))),
+    "square": _unary(lambda x, y, d: d * (x + x + d)),
+    "one_minus_square": _unary(lambda x, y, d: -d * (x + x + d)),
     "pow": _pow,
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _compare),
+    **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(("sign", "floor", "ceil", "round", "is_finite"), _twice),
     **dict.fromkeys(("and", "or", "not", "xor"), _twice),
 }
@@ -330,6 +372,7 @@ _LINEAR = frozenset(
             "reduce_window_sum",
         ),
         *("psum", "psum_invariant", "pvary", "sharding_constraint"),
+        *("complex", "conj", "fft", "imag", "real"),
     )
 )
 # Linear in the operands at these positions, if the others, indices, stay.
@@ -339,16 +382,21 @@ _INDEXED: dict[str, tuple[int, ...]] = {
     "dynamic_update_slice": (0, 1),
     "scatter": (0, 2),
     "scatter-add": (0, 2),
+    "scatter-sub": (0, 2),
 }
 
 
-def _indexed(data: tuple[int, ...], zero: Callable[[int], Array]) -> Rule:
+def _indexed(eqn: Equation, zero: Callable[[int], Array]) -> Rule:
+    data = _INDEXED[eqn.primitive.name]
+    # What a gather finds outside of the array does not move.
+    outside = {"fill_value": 0} if eqn.params.get("fill_value") is not None else {}
+
     def rule(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Any:
         new = [x if i in data else moved(x, d) for i, (x, d) in enumerate(zip(xs, ds))]
         d = None
         if any(ds[i] is not None for i in data):
             filled = [zero(i) if d is None else d for i, d in enumerate(ds)]
-            d = bind(*(filled[i] if i in data else x for i, x in enumerate(new)))
+            d = bind(*(filled[i] if i in data else x for i, x in enumerate(new)), **outside)
         if any(d is not None for i, d in enumerate(ds) if i not in data):
             d = plus(d, change(bind(*new), bind(*xs)))
         return d
@@ -416,7 +464,7 @@ def _one_channel(eqn: Equation, lhs: Array, rhs: Array) -> Array:
     """
     params = eqn.params
     (_, lf, *_), (ro, ri, *space), out = params["dimension_numbers"]
-    lhs, rhs = (cast(x, v.aval.dtype) for x, v in zip((lhs, rhs), eqn.invars))
+    lhs, rhs = _factors(eqn, lhs, rhs)
     order = [a for a in params["dimension_numbers"].lhs_spec if a != lf]
     lhs = lax.transpose(lax.squeeze(lhs, (lf,)), [a - (a > lf) for a in order])  # N, space
     rhs = lax.transpose(lax.squeeze(rhs, (ri,)), [a - (a > ri) for a in (*space, ro)])
@@ -435,9 +483,19 @@ def _one_channel(eqn: Equation, lhs: Array, rhs: Array) -> Array:
     return lax.transpose(d, np.argsort((ob, *rest, of)))
 
 
+def _factors(eqn: Equation, lhs: Array, rhs: Array) -> list[Array]:
+    """In the dtypes of the operation, so that bfloat16 stays fast."""
+    dtypes = [v.aval.dtype for v in eqn.invars]
+    # Small differences vanish in types of a smaller range, such as float16.
+    least = jnp.finfo(jnp.float32).minexp
+    if any(is_float(v) and jnp.finfo(v.aval.dtype).minexp > least for v in eqn.invars):
+        dtypes = [widen(dtype, jnp.float32) for dtype in dtypes]
+    return [cast(x, dtype) for x, dtype in zip((lhs, rhs), dtypes)]
+
+
 def _bind_product(eqn: Equation, lhs: Array, rhs: Array) -> Array:
-    """In the dtypes of the operation, so that bfloat16 stays fast, but summed in float32."""
-    lhs, rhs = (cast(x, v.aval.dtype) for x, v in zip((lhs, rhs), eqn.invars))
+    """Summed in float32 at least."""
+    lhs, rhs = alike(_factors(eqn, lhs, rhs))
     wide = widen(eqn.outvars[0].aval.dtype, jnp.float32)
     return eqn.primitive.bind(lhs, rhs, **{**eqn.params, "preferred_element_type": wide})
 
@@ -466,6 +524,8 @@ _PLAIN = frozenset(
         *("cummin", "cumprod", "reduce_prod", "sort", "top_k", "scatter-mul", "triangular_solve"),
     )
 )
+# Not linear, and right for complex numbers as they stand.
+_COMPLEX = frozenset((*_PRODUCTS, *_INDEXED, "abs", "div", "mul", "select_n", "square"))
 # Operations that do nothing but call the program in this parameter.
 CALLS = {
     **dict.fromkeys(("jit", "pjit", "remat2", "checkpoint"), "jaxpr"),
@@ -473,6 +533,22 @@ CALLS = {
     "custom_vmap_call": "call",
 }
 _DTYPES = ("new_dtype", "preferred_element_type", "out_dtype")
+
+
+_SCATTERS = {
+    "scatter-add": lax.scatter_add,
+    "scatter-mul": lax.scatter_mul,
+    "scatter-sub": lax.scatter_sub,
+}
+
+
+def _call(eqn: Equation, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """The operation with these parameters, on values of any precision."""
+    args = alike(args)
+    if (scatter := _SCATTERS.get(eqn.primitive.name)) is None:
+        return eqn.primitive.bind(*args, **params)
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    return scatter(*args, **{name: params[name] for name in names})  # its sum is of one type
 
 
 def bind(eqn: Equation, args: Sequence[Any], wide: Any = None) -> list[Any]:
@@ -489,7 +565,7 @@ def bind(eqn: Equation, args: Sequence[Any], wide: Any = None) -> list[Any]:
                 params[key] = widen(params[key], wide)
     elif wide is not None:  # it may not be defined for another precision
         args = [cast(x, v.aval.dtype) if is_float(v) else x for x, v in zip(args, eqn.invars)]
-    outs = eqn.primitive.bind(*args, **params)
+    outs = _call(eqn, args, params)
     outs = list(outs) if eqn.primitive.multiple_results else [outs]
     return outs if wide is None else [cast(y, widen(y.dtype, wide)) for y in outs]
 
@@ -504,7 +580,8 @@ def _is_linear(eqn: Equation) -> bool:
     name = eqn.primitive.name
     if name == "convert_element_type":
         (old,), (new,) = eqn.invars, eqn.outvars
-        return old.aval.dtype != jnp.bool_ and (is_float(new) or not is_float(old))
+        # Differences of other integers wrap around, as they may where all is of one type.
+        return is_float(new) if is_float(old) else old.aval.dtype in (jnp.int32, jnp.int64)
     return name in _IDENTITY or name in _LINEAR or name in ("add", "add_any", "sub", "neg")
 
 
@@ -514,7 +591,7 @@ def has_rule(eqn: Equation) -> bool:
     if not any(map(is_float, variables)):
         return True
     if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in variables):
-        return _is_linear(eqn)
+        return _is_linear(eqn) or eqn.primitive.name in _COMPLEX
     return _is_known(eqn.primitive.name)
 
 
@@ -527,6 +604,18 @@ def needs(eqn: Equation) -> tuple[bool, bool]:
     return True, values and name != "mul" and has_rule(eqn)
 
 
+def operands(eqn: Equation, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """What :func:`move` looks at: variables of its types, and values.
+
+    Of a comparison it is the distance, which rounding afterwards does not make zero.
+    """
+    comparison = eqn.primitive.name in _COMPARISONS and all(map(is_float, eqn.invars))
+    if not (comparison and has_rule(eqn)):
+        return eqn.invars, values
+    some = next(v for v in eqn.invars if not isinstance(v, Literal))
+    return [some], [values[0] - values[1]]
+
+
 def move(eqn: Equation, xs: Sequence[Any], ys: Sequence[Any], ds: Sequence[Any]) -> list[Any]:
     """The differences of the results.
 
@@ -536,7 +625,8 @@ def move(eqn: Equation, xs: Sequence[Any], ys: Sequence[Any], ds: Sequence[Any])
         ds: the differences of the operands: arrays, slabs, or None; not all None.
     """
     name = eqn.primitive.name
-    if name in _PRODUCTS and has_rule(eqn):
+    moving = [v for v, d in zip(eqn.invars, ds) if d is not None]
+    if name in _PRODUCTS and has_rule(eqn) and all(map(is_float, moving)):
         return [_product(eqn, xs, ds)]
     if name in _IDENTITY:
         return list(ds)
@@ -577,7 +667,7 @@ def _rule(eqn: Equation, zero: Callable[[int], Array]) -> Rule:
     if name in _LINEAR or (name == "convert_element_type" and _is_linear(eqn)):
         return _linear(zero)
     if name in _INDEXED:
-        return _indexed(_INDEXED[name], zero)
+        return _indexed(eqn, zero)
     if not any(map(is_float, eqn.invars)) and not _is_linear(eqn) and name != "select_n":
         return _apart(eqn)
     if name in _ALONG:
@@ -638,7 +728,7 @@ def _operation(eqn: Equation, out: dict[int, Any]) -> Callable[..., Any]:
     for key in _DTYPES:
         if params.get(key) is not None:
             params[key] = widen(params[key], jnp.float32)
-    return functools.partial(eqn.primitive.bind, **params)
+    return lambda *args, **more: _call(eqn, args, {**params, **more})
 
 
 def read(variable: Any, value: Any) -> Any:
