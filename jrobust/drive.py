@@ -24,24 +24,39 @@ __all__ = [
     "Host",
     "Stepper",
     "advance",
+    "asked",
     "asking",
     "changed",
     "fixed",
     "is_host",
     "loop",
+    "on_host",
     "rewrite",
     "run",
     "stepped",
     "until_done",
+    "where",
 ]
 
 Array = jax.Array
 Carry = TypeVar("Carry")
+Tree = TypeVar("Tree")
 
 _HOST_TRACED = (
     "a Host model cannot be traced by jit, vmap or grad: attack it with an attack that needs no "
     "gradient, or with estimator= from jrobust.zeroth_order, outside of jit"
 )
+
+
+def where(mask: Array, new: Tree, old: Tree) -> Tree:
+    """Rows of ``new`` where ``mask`` (B,), rows of ``old`` elsewhere; keys allowed."""
+    return jax.tree.map(
+        lambda a, b: (
+            a if a is b else jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
+        ),
+        new,
+        old,
+    )
 
 
 class Host:
@@ -103,6 +118,11 @@ def asking(fn: Any, rows: Array) -> Any:
     if isinstance(fn, _Live):
         return _Live(fn._host, np.asarray(fn._live & rows), fn._change)
     return _Live(fn, rows) if is_host(fn) else fn
+
+
+def asked(fn: Any, rows: Array) -> Array:
+    """(B,) bool: those of ``rows`` that the model of :func:`asking` is asked about."""
+    return fn._live & np.asarray(rows) if isinstance(fn, _Live) else rows
 
 
 def changed(fn: _Live, change: Callable[[Array], Array]) -> _Live:
@@ -197,13 +217,23 @@ def _stepped(
 ) -> Iterator[Carry]:
     host = is_host(logits_fn) or is_host(judge)
     while np.any(live := held & ~attack.done(state)):
-        moving = live & attack.moving(state)
-        # A black box is not asked about the surroundings of a point that is the last.
-        ends = np.any(live & ~moving) if host else not np.any(moving)
-        asked = live & ~moving if ends else live
-        apply = attack.close if ends else attack.step
-        state = apply(asking(logits_fn, asked), state, asking(judge, asked))
+        if host:
+            state = on_host(attack, logits_fn, state, judge, live)
+        else:
+            apply = attack.step if np.any(live & attack.moving(state)) else attack.close
+            state = apply(logits_fn, state, judge)
         yield state
+
+
+def on_host(attack: Stepper, logits_fn: Any, state: Carry, judge: Any, live: Array) -> Carry:
+    """One step, from Python, of the lanes ``live`` (B,), and of no other.
+
+    Of those alone that have no move left, while there are some: a black box is not asked about the
+    surroundings of a point that is the last.
+    """
+    ends = live & ~attack.moving(state)
+    rows, apply = (ends, attack.close) if np.any(ends) else (live, attack.step)
+    return where(rows, apply(asking(logits_fn, rows), state, asking(judge, rows)), state)
 
 
 def advance(

@@ -454,17 +454,22 @@ class L2(Threat):
         By the optimality conditions the answer is ``x0 + clip(t (x - x0), lo - x0, hi - x0)`` for
         the largest ``t <= 1`` that obeys the radius. ``t = eps / norm`` is the released AutoAttack
         rule (shrink, then clip): feasible, but short wherever the box binds. ``t`` follows in
-        closed form from which features reach the box; its derivative does too.
+        closed form from which features reach the box; its derivative does too. Where rounding of
+        the sum leaves the ball, as it may one of few units in the last place of ``x0``, each
+        feature by itself is rounded towards ``x0``.
         """
         eps = expand(self.eps, x0).astype(x0.dtype)
         lo, hi = self._bounds(x0)
         low, high = jnp.minimum(lo - x0, 0.0), jnp.maximum(hi - x0, 0.0)
         move = x - x0
-        # A hair inside, so that rounding of the sum does not leave the ball.
+        # A hair inside, so that what was projected is inside the next time.
         radius = eps * (1 - 2.0**-22)
         free = _free_features(*jax.lax.stop_gradient((move, low, high, radius)))
         t = _multiplier(move, low, high, radius, free)
-        return jnp.clip(x0 + jnp.clip(t * move, low, high), lo, hi)
+        change = jnp.clip(t * move, low, high)
+        x = jnp.clip(x0 + change, lo, hi)
+        over = _total((x - x0) ** 2) > eps**2
+        return jnp.where(over, _inward(x, x0, jnp.abs(change)), x)
 
     def sample(self, keys: Array, x0: Array) -> Array:
         """Uniform in the ball, then projected into the box."""

@@ -172,7 +172,12 @@ TABLE = [
     Entry("DDN", DDN, (L2,), 1.05),
     Entry("FMN", FMN, (Linf, L2, L1, L0), 1.001),
     Entry("CW", lambda t: CW(t, steps=150, step_size=0.03), (L2,), 1.05),
-    Entry("CWLinf", lambda t: CWLinf(t, steps=100, step_size=0.01), (Linf,), 1.2),
+    Entry(
+        "CWLinf",
+        lambda t: CWLinf(t, steps=200, step_size=0.01, decrease_factor=0.98),
+        (Linf,),
+        1.05,
+    ),
     Entry("DeepFool", lambda t: DeepFool(t, overshoot=5e-4), (L2, Linf), 1.001),
     Entry("EAD", lambda t: EAD(t, steps=200, beta=0.05, rule="L1"), (L1,), 1.05),
     Entry("ALMA", lambda t: ALMA(t, steps=200, alpha=0.5), (L2,), 1.05),
@@ -541,6 +546,7 @@ BAD = {
     "gamma": (lambda c: DDN(whole(L2, c), gamma=0.0), ValueError, "gamma"),
     "rounds": (lambda c: CW(whole(L2, c), rounds=0), ValueError, "rounds"),
     "rule": (lambda c: EAD(whole(L1, c), rule="L2"), ValueError, "rule"),
+    "bound": (lambda c: CWLinf(whole(Linf, c), decrease_factor=1.0), ValueError, "below 1"),
     "classes": (lambda c: DeepFool(whole(L2, c), classes=1), ValueError, "classes"),
 }
 

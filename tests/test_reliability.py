@@ -1,6 +1,7 @@
 """Evaluations that flatter a model say so, and others do not."""
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -8,6 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jrobust import data, loops, parallel, statistics
@@ -15,6 +17,7 @@ from jrobust._algorithm import algorithm, describe, static
 from jrobust.attacks import FGSM, PGD, AutoAttack, restarts, sequence
 from jrobust.drive import Host
 from jrobust.loops import ReliabilityWarning
+from jrobust.loops._publish import _radius, leaderboard_row
 from jrobust.models import Bound, randomized
 from jrobust.report import Report
 from jrobust.threat import L2, Linf
@@ -245,6 +248,18 @@ def test_the_curve_is_what_the_inputs_found_prove():
     assert np.all(np.diff(curve) <= 0)
     assert np.all(curve >= exact)
     np.testing.assert_allclose(curve, exact, atol=0.05)  # steps of 0.002
+    # What moved a black pixel by 8 / 255, which in float32 is more than in float64, is within it.
+    rim = np.where(report.examples["robust"], 0, np.float32(8 / 255))
+    assert float(rim.max()) > 8 / 255
+    moved = dataclasses.replace(report, examples={**report.examples, "distance": rim})
+    assert moved.curve([8 / 255]) == report.robust_accuracy < 1
+
+
+def test_functions_without_names_are_refused():
+    """Of which no report could say, and no later run know, which they are."""
+    for optimizer in (lambda size: optax.sgd(size, 0.9), functools.partial(optax.sgd, momentum=0)):
+        with pytest.raises(ValueError, match=r"attacks\['PGD'\].optimizer is .* give it a name"):
+            evaluate(PGD(Linf(0.05), optimizer=optimizer))
 
 
 def test_a_page_of_the_report():
@@ -283,15 +298,28 @@ def test_an_entry_is_of_the_standard_evaluation_alone():
     entry = loops.robustbench_entry(ran, threat, name="Linear", additional_data=False)
     assert entry["autoattack_acc"] == f"{100 * report.robust_accuracy:.2f}"
     assert entry["clean_acc"] == "100.00"
-    assert (entry["name"], entry["eps"], entry["venue"]) == ("Linear", 0.05, None)
-    with pytest.raises(ValueError, match="got titel"):
-        loops.robustbench_entry(ran, threat, titel="x")
+    assert (entry["name"], entry["eps"], entry["venue"]) == ("Linear", "0.05", None)
+    assert entry["unreliable"] is False
+    assert "footnote" not in entry
+    share = entry["autoattack_acc"]
+    assert leaderboard_row(entry) == f"| Linear | 100.00% | {share}% | no |  |  |"
+    levels = {0.5: "0.5", 8 / 255: "8/255", np.float32(4 / 255): "4/255", 0.031: "0.031", 12: "12"}
+    assert {eps: _radius(float(eps)) for eps in levels} == levels
+    for wrong in ("titel", "clean_acc"):
+        with pytest.raises(ValueError, match=f"got {wrong}"):
+            loops.robustbench_entry(ran, threat, **{wrong: "100.00"})
     with pytest.raises(ValueError, match="autoattack_acc stands for"):
         loops.robustbench_entry(ran, Linf(0.06))
     doubtful = dataclasses.replace(ran, doubts=evaluate(fn=probable)[0].doubts)
     with pytest.raises(ValueError, match=r"in doubt \(probabilities\)"):
         loops.robustbench_entry(doubtful, threat)
-    assert loops.robustbench_entry(doubtful, threat, footnote="probabilities")["footnote"]
+    entry = loops.robustbench_entry(
+        doubtful, threat, name="a|b", link="https://x.y", footnote="probabilities", venue="ICML"
+    )
+    assert entry["unreliable"] is True
+    assert leaderboard_row(entry) == (
+        f"| [a\\|b](https://x.y)<br>probabilities | 100.00% | {share}% |  |  | ICML |"
+    )
 
 
 def test_bounds_over_draws_hold_where_examples_differ():

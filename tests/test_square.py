@@ -53,13 +53,13 @@ def test_the_schedule_is_the_published_one(size):
     queries = np.arange(9000)
     for p in (0.8, 0.3):
         for order in (np.inf, 2):
-            got = side(np.float32(p), jnp.asarray(queries), *size, order)
+            got = side(np.float32(p), jnp.asarray(queries), size, order)
             want = [published_side(p, i, *size, order == np.inf) for i in queries]
             np.testing.assert_array_equal(got, want)
     # At CIFAR-10's size, as a list.
     if size == (32, 32):
         at = [0, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001]
-        got = side(np.float32(0.8), jnp.asarray(at), 32, 32, np.inf)
+        got = side(np.float32(0.8), jnp.asarray(at), size, np.inf)
         assert got.tolist() == [29, 29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
 
 
@@ -356,7 +356,6 @@ def test_logits_that_are_not_finite(key):
 @pytest.mark.parametrize(
     ("attack", "x", "error", "message"),
     [
-        (Square(Linf(0.1)), IMAGES.reshape(BATCH, -1), ValueError, "needs images"),
         (Square(Linf(0.1)), IMAGES[..., None], ValueError, "needs images"),
         (Square(Linf(0.1), queries=0), IMAGES, ValueError, "queries must be a positive int"),
         (Square(Linf(0.1), p=1.5), IMAGES, ValueError, r"p must lie in \(0, 1\]"),
@@ -369,9 +368,50 @@ def test_what_makes_no_sense_is_refused(attack, x, error, message, key):
         jrobust.run(attack, key, model, x, LABELS)
 
 
-def test_flat_inputs_are_refused_under_jit_too(key):
+def test_what_is_no_image_is_refused_under_jit_too(key):
     with pytest.raises(ValueError, match="needs images"):
-        jax.jit(lambda x: Square(Linf(0.1))(key, model, x, LABELS))(IMAGES.reshape(BATCH, -1))
+        jax.jit(lambda x: Square(Linf(0.1))(key, model, x, LABELS))(IMAGES[..., None])
+
+
+@pytest.mark.parametrize("order", [2, 1])
+def test_the_bump_of_a_vector_is_the_middle_of_its_own(order):
+    """Two halves side by side, each falling from its centre."""
+    for length in (3, 4, 5, 9):
+        place = jnp.arange(length)[None]
+        middle, whole = jnp.asarray([[length // 2]]), jnp.asarray([length])
+        got = np.asarray(_bump(middle, place, whole, jnp.asarray([True]), order))[0, 0]
+        image = bump(length, order).T[length // 2]
+        for half in (slice(length // 2), slice(length // 2, None)):
+            a, b = abs(got[half]), abs(image[half])
+            np.testing.assert_allclose(a / a.max(), b / b.max(), atol=1e-5)
+        assert got[0] > 0 > got[-1]
+        size = np.abs(got).sum() if order == 1 else np.linalg.norm(got)
+        np.testing.assert_allclose(size, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Linf, L2, L1])
+def test_vectors_are_searched_by_stretches(kind, key):
+    """A linear model of 40 features falls at a small multiple of the minimal distance."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=40).astype(np.float32)
+    x = rng.uniform(0.3, 0.7, (8, 40)).astype(np.float32)
+    margins = x @ w - np.float32(0.5) * w.sum()
+    dual = {Linf: np.abs(w).sum(), L2: np.linalg.norm(w), L1: np.abs(w).max()}[kind]
+
+    def half(x):
+        return jnp.stack([(x - 0.5) @ w, jnp.zeros(len(x))], -1)
+
+    y = np.where(margins > 0, 0, 1)
+    eps = np.float32(np.abs(margins) / dual) * {Linf: 1.5, L2: 2.5, L1: 6.0}[kind]
+    found = jrobust.run(Square(kind(eps), queries=600), key, half, x, y)
+    assert np.mean(found.success) > 0.7
+    assert np.all(np.asarray(found.forwards) <= 600)
+    move = np.abs(np.float64(found.x) - x)
+    size = {Linf: move.max(1), L2: np.linalg.norm(move, axis=1), L1: move.sum(1)}[kind]
+    assert np.all(size <= eps * (1 + 1e-6))
+    # As many features as the share says move at a time, side by side.
+    length = int(side(np.float32(0.8), jnp.asarray([0]), (40,), np.inf)[0])
+    assert length == 32
 
 
 def test_the_whole_image_is_a_window_too():

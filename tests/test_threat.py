@@ -196,6 +196,19 @@ def test_projection_is_the_exact_one(kind, box):
     assert shrunk > 50, "the cases do not tell the exact projection from shrink-and-clip"
 
 
+@pytest.mark.parametrize("width", [1.0, 255.0])
+def test_l2_ball_holds_however_small(width):
+    """Where a feature moves by units in the last place, whose rounding adds up."""
+    rng = np.random.default_rng(0)
+    eps = np.float32(1e-5 * width * 3072**0.5)
+    x0 = np.float32(width * rng.random((4, 3072)))
+    x = np.float32(x0 + 3e-5 * width * rng.normal(size=x0.shape))
+    got = np.float64(jax.jit(L2(eps, hi=width).project)(x, x0))
+    lengths = np.linalg.norm(got - x0, axis=1)
+    assert np.all(lengths <= eps)
+    assert np.all(lengths >= eps * (1 - 3e-3))
+
+
 @pytest.mark.parametrize("eps", [12.0, 1000.0])
 def test_l1_ball_holds_in_many_dimensions(eps):
     """Where every feature's rounding goes the same way, and in sums of 150,528 numbers."""

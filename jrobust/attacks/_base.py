@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from jax.lax import stop_gradient
 
 from jrobust import drive, losses
 from jrobust import keys as _keys
+from jrobust.drive import where
 from jrobust.models import Randomized
 from jrobust.threat import Threat
 
 Array = jax.Array
 LogitsFn = Callable[[Array], Array]
-Tree = TypeVar("Tree")
 
 # The draws of a randomised model fold the step in above this offset, where no step counter reaches.
 _DRAWS = 1 << 29
@@ -74,17 +74,6 @@ class State(NamedTuple):
     x: Array  # (B, ...) the point to evaluate next
     t: Array  # (B,) int32 moves made in this restart
     inner: Any  # what the algorithm itself carries
-
-
-def where(mask: Array, new: Tree, old: Tree) -> Tree:
-    """Rows of ``new`` where ``mask`` (B,), rows of ``old`` elsewhere; keys allowed."""
-    return jax.tree.map(
-        lambda a, b: (
-            a if a is b else jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
-        ),
-        new,
-        old,
-    )
 
 
 def succeeds(logits: Array, y: Array, target: Array) -> Array:
@@ -505,7 +494,7 @@ class GradientAttack(Attack):
 
     def close(self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None = None) -> State:
         """Forward-only evaluation of the lanes that have no moves left."""
-        waiting = ~state.record.done & (state.t >= self.moves)
+        waiting = ~state.record.done & ~self.moving(state)
         closed = self._advance(logits_fn, state, judge, gradient=False)
         return where(waiting, closed, state)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrobust import drive
 from jrobust import keys as _keys
@@ -206,7 +207,7 @@ class MultiTargeted(_Wrapper):
 
     def _rank(self, logits_fn: LogitsFn, state: _Aimed) -> _Aimed:
         """Rank the classes at the inputs of lanes that have none yet, by one forward pass."""
-        unknown = ~self.done(state) & (state.ranked[:, 0] == -2)
+        unknown = drive.asked(logits_fn, ~self.done(state) & (state.ranked[:, 0] == -2))
         model = drive.asking(logits_fn, unknown)
 
         def ranked() -> _Aimed:
@@ -222,7 +223,7 @@ class MultiTargeted(_Wrapper):
             return state._replace(inner=inner, ranked=where(unknown, order, state.ranked))
 
         if drive.is_host(logits_fn):
-            return ranked() if jnp.any(unknown) else state
+            return ranked() if np.any(unknown) else state
         return jax.lax.cond(jnp.any(unknown), ranked, lambda: state)
 
     def step(self, logits_fn: LogitsFn, state: _Aimed, judge: LogitsFn | None = None) -> _Aimed:
@@ -401,34 +402,34 @@ class Sequence(_Composition):
         return state.done
 
     def _stage(self, state: _Stages) -> Array:
-        """The earliest member that some lane still has to run; later lanes wait for it."""
+        """The earliest member that some lane still has to run; in a program the others wait."""
         stage = jnp.where(state.done, len(self.attacks), state.stage)
         return jnp.minimum(jnp.min(stage), len(self.attacks) - 1)
 
-    def _switch(self, branches: list[Callable[[_Stages], Any]], state: _Stages) -> Any:
-        # A concrete stage means a host-stepped model, which must not be traced.
-        stage = self._stage(state)
-        if not isinstance(stage, jax.core.Tracer):
-            return branches[int(stage)](state)
-        return jax.lax.switch(stage, branches, state)
-
     def moving(self, state: _Stages) -> Array:
-        """See :meth:`Attack.moving`."""
-
-        def branch(i: int) -> Callable[[_Stages], Array]:
-            return lambda s: ~s.done & (s.stage == i) & self.attacks[i].moving(s.states[i])
-
-        return self._switch([branch(i) for i in range(len(self.attacks))], state)
+        """See :meth:`Attack.moving`: of each lane in its own member."""
+        here = [
+            (state.stage == i) & attack.moving(s)
+            for i, (attack, s) in enumerate(zip(self.attacks, state.states))
+        ]
+        return ~state.done & jnp.any(jnp.stack(here), axis=0)
 
     def _apply(self, method: str, logits_fn: LogitsFn, state: _Stages, judge: Any) -> _Stages:
+        host = drive.is_host(logits_fn)
+
         def branch(i: int) -> Callable[[_Stages], _Stages]:
             attack = self.attacks[i]
 
             def advance(s: _Stages) -> _Stages:
                 here = ~s.done & (s.stage == i)
-                new = where(
-                    here, getattr(attack, method)(logits_fn, s.states[i], judge), s.states[i]
-                )
+                if host:
+                    here = drive.asked(logits_fn, here)
+                    if not np.any(here):
+                        return s
+                    new = drive.on_host(attack, logits_fn, s.states[i], judge, here)
+                else:
+                    apply = getattr(attack, method)
+                    new = where(here, apply(logits_fn, s.states[i], judge), s.states[i])
                 ended = here & attack.done(new)
                 stage = s.stage + ended.astype(jnp.int32)
                 broken = ended & attack.result(new).success
@@ -437,10 +438,22 @@ class Sequence(_Composition):
 
             return advance
 
-        return self._switch([branch(i) for i in range(len(self.attacks))], state)
+        branches = [branch(i) for i in range(len(self.attacks))]
+        if host:
+            # The last first: none moves twice.
+            for advance in reversed(branches):
+                state = advance(state)
+            return state
+        stage = self._stage(state)
+        if isinstance(stage, jax.core.Tracer):
+            return jax.lax.switch(stage, branches, state)
+        return branches[int(stage)](state)
 
     def step(self, logits_fn: LogitsFn, state: _Stages, judge: LogitsFn | None = None) -> _Stages:
-        """See :meth:`Attack.step`; moves the lanes of the earliest unfinished member."""
+        """See :meth:`Attack.step`; moves the lanes of the earliest unfinished member.
+
+        With a :class:`jrobust.drive.Host` those of every member.
+        """
         return self._apply("step", logits_fn, state, judge)
 
     def close(self, logits_fn: LogitsFn, state: _Stages, judge: LogitsFn | None = None) -> _Stages:
@@ -478,13 +491,25 @@ class Union(_Composition):
         self, logits_fn: LogitsFn, state: tuple[Any, ...], judge: LogitsFn | None = None
     ) -> tuple[Any, ...]:
         """See :meth:`Attack.step`: one step of every member."""
-        return tuple(a.step(logits_fn, s, judge) for a, s in zip(self.attacks, state))
+        return self._apply("step", logits_fn, state, judge)
 
     def close(
         self, logits_fn: LogitsFn, state: tuple[Any, ...], judge: LogitsFn | None = None
     ) -> tuple[Any, ...]:
         """See :meth:`Attack.close`."""
-        return tuple(a.close(logits_fn, s, judge) for a, s in zip(self.attacks, state))
+        return self._apply("close", logits_fn, state, judge)
+
+    def _apply(
+        self, method: str, logits_fn: LogitsFn, state: tuple[Any, ...], judge: Any
+    ) -> tuple[Any, ...]:
+        def advance(attack: Attack, s: Any) -> Any:
+            if not drive.is_host(logits_fn):
+                return getattr(attack, method)(logits_fn, s, judge)
+            # Not about the lanes that this member has done with.
+            live = drive.asked(logits_fn, ~attack.done(s))
+            return drive.on_host(attack, logits_fn, s, judge, live) if np.any(live) else s
+
+        return tuple(advance(attack, s) for attack, s in zip(self.attacks, state))
 
     def result(self, state: tuple[Any, ...]) -> AttackResult:
         """See :meth:`Attack.result`; costs are summed over members."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
@@ -174,8 +175,8 @@ class CWLinf(MinimalNorm):
 
     Minimises ``sum max(|x - x0| - tau, 0) + c max(z_y - max_{i != y} z_i, 0)`` with Adam in tanh
     space, see :class:`CW`, in rounds that each start where the last one ended. After a round that
-    found a closer adversarial point ``tau`` becomes 0.9 of its distance, after any other ``c`` is
-    doubled; a round also ends once the objective is below ``c / 10000``.
+    found a closer adversarial point ``tau`` becomes ``decrease_factor`` of its distance, after any
+    other ``c`` is doubled; a round also ends once the objective is below ``c / 10000``.
 
     Args:
         threat: ``Linf``; ``eps`` is the largest distance that counts, see :class:`MinimalNorm`.
@@ -184,6 +185,7 @@ class CWLinf(MinimalNorm):
         constant: the first ``c``.
         largest_constant: beyond this ``c`` the example ends.
         smallest_tau: below this ``tau``, in widths of the box, the example ends.
+        decrease_factor: below 1; a larger one comes closer, in more rounds.
         loss, keep, quantize, estimator: as in :class:`CW`.
     """
 
@@ -193,6 +195,7 @@ class CWLinf(MinimalNorm):
     constant: Any = 1e-5
     largest_constant: Any = 20.0
     smallest_tau: Any = 1 / 256
+    decrease_factor: Any = 0.9
     loss: losses.Loss = static(default=losses.margin)
     keep: str = static(default="closest")
     quantize: int | None = static(default=None)
@@ -200,8 +203,14 @@ class CWLinf(MinimalNorm):
 
     NORMS: ClassVar[tuple[str, ...]] = ("Linf",)
     POSITIVE: ClassVar[tuple[str, ...]] = (
-        "step_size", "constant", "largest_constant", "smallest_tau",
+        "step_size", "constant", "largest_constant", "smallest_tau", "decrease_factor",
     )  # fmt: skip
+
+    def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
+        """See :meth:`MinimalNorm.check`; also refuses a bound that would not fall."""
+        super().check(x, y, classes, targets)
+        if not bool(np.all(np.asarray(self.decrease_factor) < 1)):
+            raise ValueError(f"CWLinf.decrease_factor must be below 1, got {self.decrease_factor}")
 
     def exhausted(self, state: State) -> Array:
         """See :meth:`MinimalNorm.exhausted`."""
@@ -231,7 +240,9 @@ class CWLinf(MinimalNorm):
         nearer = reach.nearer | closer
         over = (objective < 1e-4 * reach.c) | (reach.i + 1 >= self.steps)
         reach = _Reach(
-            jnp.where(over & nearer, 0.9 * jnp.minimum(reach.tau, nearest), reach.tau),
+            jnp.where(
+                over & nearer, self.decrease_factor * jnp.minimum(reach.tau, nearest), reach.tau
+            ),
             jnp.where(over & ~nearer, 2.0 * reach.c, reach.c),
             nearest,
             nearer & ~over,

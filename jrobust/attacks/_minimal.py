@@ -201,12 +201,6 @@ class MinimalNorm(GradientAttack):
         """See :meth:`Attack.moving`."""
         return ~state.record.done & ~self.exhausted(state)
 
-    def close(self, logits_fn: LogitsFn, state: State, judge: LogitsFn | None = None) -> State:
-        """See :meth:`Attack.close`."""
-        waiting = ~state.record.done & self.exhausted(state)
-        closed = self._advance(logits_fn, state, judge, gradient=False)
-        return where(waiting, closed, state)
-
     def _measure(self, record: Record, x: Array) -> Array:
         """What is minimised, (B,)."""
         return distance(record, x)

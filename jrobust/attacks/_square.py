@@ -42,7 +42,8 @@ class Square(QueryAttack):
     example gets depends on its batch. Windows reach the last row and column, where both released
     versions stop one short.
 
-    Inputs are images (B, H, W, C), or (B, H, W) with one channel. Works on a
+    Inputs are images (B, H, W, C), or (B, H, W) with one channel; or, which is not published,
+    vectors (B, D), of which a window is a stretch of the same share. Works on a
     :class:`jrobust.drive.Host` model.
 
     Args:
@@ -96,11 +97,13 @@ class Square(QueryAttack):
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Height, width, channels; raises ``ValueError`` unless this is the shape of images."""
+    """Height, of a vector 1, width, channels; raises ``ValueError`` for other shapes."""
+    if len(shape) == 2:
+        return 1, shape[1], 1
     if len(shape) not in (3, 4):
         raise ValueError(
-            f"Square needs images (B, H, W, C) or (B, H, W), got inputs of shape {shape}: reshape "
-            "them, or use an attack that knows no squares"
+            "Square needs images (B, H, W, C) or (B, H, W), or vectors (B, D), got inputs of shape "
+            f"{shape}: reshape them, or use an attack that knows no squares"
         )
     return shape[1], shape[2], shape[3] if len(shape) == 4 else 1
 
@@ -125,17 +128,17 @@ def _unit(values: Array, order: float, axes: tuple[int, ...] = (1, 2)) -> Array:
     return values / (1e-12 + _norm(values, order, axes))
 
 
-def side(p: Any, queries: Array, height: int, width: int, order: float) -> Array:
-    """(B,) int32: side of the window after ``queries`` (B,) queries."""
+def side(p: Any, queries: Array, size: tuple[int, ...], order: float) -> Array:
+    """(B,) int32: side of the window after ``queries`` (B,); ``size`` is (H, W), or (D,)."""
     halvings = jnp.sum(queries[:, None] > jnp.asarray(_HALVED)[None], 1)
-    pixels = p * 0.5**halvings * (height * width)
-    length = jnp.round(jnp.sqrt(pixels)).astype(jnp.int32)
+    pixels = p * 0.5**halvings * np.prod(size)
+    length = jnp.round(jnp.sqrt(pixels) if len(size) == 2 else pixels).astype(jnp.int32)
     if order == np.inf:
         length = jnp.maximum(length, 1)
     else:  # odd
         length = jnp.maximum(length, 3)
         length = length + (1 - length % 2)
-    return jnp.minimum(length, min(height, width))
+    return jnp.minimum(length, min(size))
 
 
 def _window(u: Array, length: Array, size: int, *, compat: bool) -> Array:
@@ -198,21 +201,24 @@ def _start(keys: Array, x0: Array, threat: Threat) -> Array:
         signs = jnp.broadcast_to(signs, (batch, height, width, channels))
         return threat.project(x0 + eps * signs.reshape(x0.shape), x0)
     order = _ORDER[threat.norm]
-    length = max(min(height, width) // 5, 1)
-    down, across = height // length, width // length
+    vector = x0.ndim == 2
+    length = max((width if vector else min(height, width)) // 5, 1)
+    tall = 1 if vector else length
+    down, across = height // tall, width // length
     u = _uniform(keys, down * across * (channels + 1))
     u = u.reshape(batch, down, 1, across, 1, channels + 1)
     place, all_of_it = jnp.arange(length)[None], jnp.asarray([length])
+    middle = jnp.asarray([[length // 2]])
     flat, turned = (
-        _bump(place, place, all_of_it, jnp.asarray([turn]), order).reshape(
-            1, 1, length, 1, length, 1
+        _bump(middle if vector else place, place, all_of_it, jnp.asarray([turn]), order).reshape(
+            1, 1, tall, 1, length, 1
         )
-        for turn in (False, True)
+        for turn in (vector, True)
     )
     tiles = jnp.where(u[..., :1] < 0.5, flat, turned) * _signs(u[..., 1:])
-    tiles = tiles.reshape(batch, down * length, across * length, channels)
-    before = [(size - n * length) // 2 for size, n in ((height, down), (width, across))]
-    after = [height - down * length - before[0], width - across * length - before[1]]
+    tiles = tiles.reshape(batch, down * tall, across * length, channels)
+    before = [(height - down * tall) // 2, (width - across * length) // 2]
+    after = [height - down * tall - before[0], width - across * length - before[1]]
     margins = [(0, 0), *zip(before, after), (0, 0)]
     move = jnp.pad(tiles, margins).reshape(x0.shape)
     if threat.norm == "L2":
@@ -226,15 +232,17 @@ def _another(
     """The best point (B, ...) with another window, for the query after ``t + 1`` of them."""
     height, width, channels = _image(x0.shape)
     order = _ORDER[threat.norm]
-    length = side(attack.p, t, height, width, order)
+    vector = x0.ndim == 2
+    length = side(attack.p, t, (width,) if vector else (height, width), order)
     u = _uniform(_keys.fold(keys, t + 1), channels + (2 if order == np.inf else 5))
     signs = _signs(u[:, :channels])[:, None, None, :]
 
     def window(i: int) -> tuple[Array, Array]:
-        return (
-            _window(u[:, channels + i], length, height, compat=attack.compat),
-            _window(u[:, channels + i + 1], length, width, compat=attack.compat),
-        )
+        # The one row of a vector is the middle of its windows.
+        rows = (length // 2)[:, None]
+        if not vector:
+            rows = _window(u[:, channels + i], length, height, compat=attack.compat)
+        return rows, _window(u[:, channels + i + 1], length, width, compat=attack.compat)
 
     def image(values: Array) -> Array:
         return values.reshape(-1, height, width, channels)
@@ -249,7 +257,8 @@ def _another(
     used = _norm(move, order, (1, 2, 3))
     old = _norm(jnp.where(first, move, 0.0), order)
     both = _norm(jnp.where(first | second, move, 0.0), order)
-    bump = _bump(*window(0), length, u[:, channels + 4] < 0.5, order)[..., None]
+    turned = vector | (u[:, channels + 4] < 0.5)
+    bump = _bump(*window(0), length, turned, order)[..., None]
     new = _unit(jnp.where(first, signs * bump + move / (1e-12 + old), 0.0), order)
     # The mass of both windows, and the channel's share of what is left of eps.
     if order == 2:

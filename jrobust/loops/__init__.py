@@ -14,7 +14,7 @@ from jrobust.loops._fit import (
     RobustAccuracy,
     fit,
 )
-from jrobust.loops._publish import robustbench_entry, run_standard_evaluation
+from jrobust.loops._publish import leaderboard_row, robustbench_entry, run_standard_evaluation
 from jrobust.loops._recertify import recertify
 from jrobust.loops._reliability import Doubt, ReliabilityWarning
 from jrobust.loops._sandwich import (
@@ -48,6 +48,7 @@ __all__ = [
     "certify",
     "evaluate",
     "fit",
+    "leaderboard_row",
     "read_tsv",
     "recertify",
     "robustbench_entry",

@@ -26,6 +26,7 @@ from jrobust.loops._folder import Arrays, Folder, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
     check_data,
+    check_names,
     check_shared,
     lane_count,
     loop,
@@ -128,7 +129,8 @@ class EvaluationReport:
         of a budget attack at several radii, evaluate ``{str(e): with_eps(attack, e) for e in eps}``
         in ascending order and read ``standing``. All attacks must be in the same norm.
         """
-        radii = np.asarray(eps, np.float64)
+        # As attacks compare: 8 / 255 in float32, up to the rounding of a norm.
+        radii = np.asarray(eps, np.float32) * np.float32(1 + 1e-6)
         rows = self.examples
         distance = np.where(rows["correct"], np.inf, -np.inf)
         broken = rows["correct"] & ~rows["robust"]
@@ -253,7 +255,8 @@ class _Evaluation:
         self._host, self._clock = drive.is_host(logits_fn), Clock()
         if search_fn is not None:
             _check_search(search_fn, logits_fn, data)
-        for attack in self._named.values():
+        for name, attack in self._named.items():
+            check_names(f"attacks[{name!r}]", describe(attack))
             check_shared(attack, data)
             searched = logits_fn if search_fn is None else search_fn
             _run.check(attack, key, searched, data.x, data.y, data.id)

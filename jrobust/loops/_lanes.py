@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -151,16 +152,36 @@ def check_shared(algorithm: Any, data: Dataset) -> None:
     Loops regroup the examples, so that it would meet the wrong ones.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(algorithm):
-        name = getattr(path[-1], "name", "") if path else ""
-        if name == "predictions":  # a table that is read by the examples' ids
+        names = {getattr(key, "name", "") for key in path}
+        # A table that is read by the examples' ids, and what is the same for all of them.
+        if names & {"predictions", "starts", "kernel"}:
             continue
-        bound = name in ("lo", "hi")
+        bound = bool(names & {"lo", "hi"})
         if np.ndim(leaf) >= (data.x.ndim if bound else 1) and np.shape(leaf)[0] == len(data):
             raise ValueError(
                 f"{type(algorithm).__name__}{jax.tree_util.keystr(path)} has a value for each of "
                 f"the {len(data)} examples, but a loop regroups them: give one value for all, or "
                 "call jrobust.run on batches of your own"
             )
+
+
+def check_names(name: str, description: Any) -> None:
+    """Raise ``ValueError`` where ``describe`` found functions that it cannot tell from others.
+
+    Lambdas are all called the same, and an object without a name is told by where it lies in memory
+    today: a report would not say what ran, and a later run could not know it again.
+    """
+    if isinstance(description, dict):
+        for field, value in description.items():
+            check_names(f"{name}.{field}", value)
+    elif isinstance(description, list):
+        for value in description:
+            check_names(name, value)
+    elif isinstance(description, str) and re.search(r"<lambda>| at 0x[0-9a-f]+", description):
+        raise ValueError(
+            f"{name} is {description}, which a report cannot tell from another function: give it a "
+            "name, def my_optimizer(size): return optax.sgd(size, 0.9)"
+        )
 
 
 def check_count(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,7 +67,9 @@ def robustbench_entry(report: EvaluationReport, threat: Threat, **about: Any) ->
             ``footnote``.
 
     Returns:
-        The fields by name; accuracies are strings of percentages, as there.
+        The fields by name, None for those to fill in; as there, accuracies are strings of
+        percentages, ``eps`` is one such as ``"8/255"`` or ``"0.5"``, ``footnote`` is left out where
+        there is none, and ``unreliable`` says whether there are doubts.
 
     Raises:
         ValueError: if something else was run, the evaluation has doubts that no ``footnote``
@@ -74,11 +77,13 @@ def robustbench_entry(report: EvaluationReport, threat: Threat, **about: Any) ->
     """
     fields = (
         "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
-        "architecture", "eps", "clean_acc", "reported", "autoattack_acc", "footnote",
+        "architecture", "reported",
     )  # fmt: skip
-    wrong = sorted(set(about) - set(fields))
+    wrong = sorted(set(about) - {*fields, "footnote"})
     if wrong:
-        raise ValueError(f"an entry has the fields {', '.join(fields)}; got {', '.join(wrong)}")
+        raise ValueError(
+            f"what an entry can be told is {', '.join(fields)} and footnote; got {', '.join(wrong)}"
+        )
     ran, standard = report.configuration["attacks"], describe(AutoAttack(threat).stages)
     if ran != standard:
         raise ValueError(
@@ -89,8 +94,31 @@ def robustbench_entry(report: EvaluationReport, threat: Threat, **about: Any) ->
         kinds = ", ".join(doubt.kind for doubt in report.doubts)
         raise ValueError(f"the evaluation is in doubt ({kinds}): say so in footnote=")
     found = {
-        "eps": float(threat.eps),
+        "eps": _radius(float(threat.eps)),
         "clean_acc": f"{100 * report.clean_accuracy:.2f}",
         "autoattack_acc": f"{100 * report.robust_accuracy:.2f}",
+        "unreliable": bool(report.doubts),
     }
     return {**dict.fromkeys(fields), **about, **found}
+
+
+def _radius(eps: float) -> str:
+    """``eps`` as a decimal, or, where that is long, as whole levels of 255."""
+    text, levels = f"{eps:g}", round(255 * eps)
+    return f"{levels}/255" if len(text) > 5 and abs(255 * eps - levels) < 1e-4 else text
+
+
+def leaderboard_row(entry: Mapping[str, Any]) -> str:
+    """An entry of :func:`robustbench_entry` as a row of the leaderboard's table, in Markdown.
+
+    Columns: method, standard accuracy, robust accuracy, extra data, architecture, venue.
+    """
+    method = entry["name"] or ""
+    if entry["link"]:
+        method = f"[{method}]({entry['link']})"
+    if entry.get("footnote"):
+        method += f"<br>{entry['footnote']}"
+    extra = {True: "yes", False: "no", None: ""}[entry["additional_data"]]
+    accuracies = (f"{entry[field]}%" for field in ("clean_acc", "autoattack_acc"))
+    cells = (method, *accuracies, extra, entry["architecture"] or "", entry["venue"] or "")
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

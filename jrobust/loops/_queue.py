@@ -56,6 +56,10 @@ def program(number: int) -> Callable[..., tuple[Any, jax.Array, AttackResult]]:
     ) -> tuple[Any, jax.Array, AttackResult]:
         begun = attack.init(_keys.attack(_keys.examples(key, ids), number), x, y)
         state = where(fresh, begun, state)
+        # Lanes that hold nothing repeat one that does, so that no member of a sequence waits for
+        # them.
+        place = jnp.where(held, jnp.arange(held.size), jnp.argmax(held))
+        state = jax.tree.map(lambda leaf: leaf[place], state)
         state = drive.advance(attack, model, state, judge, held=held, steps=steps, spare=spare)
         return state, attack.done(state), attack.result(state)
 
