@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 import jrobust
-from jrobust import drive, keys, losses, smoothing, training
+from jrobust import drive, keys, losses, smoothing, training, zeroth_order
 from jrobust._run import _run, strong
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -96,6 +96,8 @@ def _gradient(part: Any, case: Setting) -> Program:
     def estimate(estimator: Any, key: jax.Array, model: Any, x: jax.Array, y: jax.Array) -> Any:
         streams = keys.examples(key, jnp.arange(len(y)))
         loss = functools.partial(_loss, model, y)
+        if isinstance(estimator, zeroth_order.Hybrid):  # of one point, not of each example
+            return estimator(key, lambda x: loss(x).mean(), x)
         return estimator.per_example(streams, loss, x)
 
     estimator = strong(part.make(part.numbers[1]))

@@ -1012,7 +1012,6 @@ MISTAKES = {
     ),
     "an objective class": (lambda: fit(training.NoiseAugmentation), "must be an instance"),
     # certify
-    "a Host to certify": (lambda: certify(logits_fn=Host(lambda x: x)), "Host"),
     "uint8 to certify": (
         lambda: certify(changed(x=np.zeros((N, D), np.uint8))),
         "divide by 255",

@@ -134,9 +134,7 @@ def differencer(
         outs = [cast(y, v.aval.dtype) for y, v in zip(map(jnp.asarray, outs), jaxpr.outvars)]
     out = jax.tree.structure(shape)
     program = _Program(jaxpr, notes, tree, out, strict)
-    # Rules subtract what they kept of x from what they kept of max(x). Where both phases are in one
-    # program, XLA may compute one of them again, rounded otherwise, unless it must not look inside.
-    delta = jax.tree_util.Partial(program, jax.lax.optimization_barrier(tape.values))
+    delta = jax.tree_util.Partial(program, _stored(tape.values))
     y = jax.tree.unflatten(out, outs[:count])
     if has_aux:
         return y, delta, jax.tree.unflatten(jax.tree.structure(aux), outs[count:])
@@ -160,6 +158,28 @@ def difference(
         return y, delta(dx)
 
     return both
+
+
+def _stored(values: list[Array]) -> list[Array]:
+    """The same values, of which XLA computes none again.
+
+    Rules subtract what they kept of x from what they kept of max(x). Where both phases are in one
+    program, x may be computed again where it is used, and rounded otherwise. XLA drops its
+    optimization barriers before it fuses; what comes out of a conditional stays.
+    """
+    some = next((v for v in values if v.size and jnp.issubdtype(v.dtype, jnp.floating)), None)
+    if some is None:
+        return values
+    bits = jax.lax.bitcast_convert_type(jnp.max(some).astype(jnp.float32), jnp.uint32)
+    always = jax.lax.population_count(bits) <= 32  # which XLA does not know
+
+    def other(values: list[Array]) -> list[Array]:
+        return [
+            v ^ v if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == bool else v * 0
+            for v in values
+        ]
+
+    return jax.lax.cond(always, lambda values: values, other, values)
 
 
 def _lacking(names: str, strict: bool) -> None:

@@ -214,7 +214,12 @@ def _div(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
 
 
 def _max(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-    """``max(a + da, b + db) - y``: ``a - y`` is exact where it matters, and 0 for the winner."""
+    """``max(a + da, b + db) - y``: ``a - y`` is exact where it matters, and 0 for the winner.
+
+    ``y`` is computed here, from the operands that were kept: that of the base pass may come from
+    operands that XLA computed twice and rounded otherwise.
+    """
+    y = jnp.maximum(*xs)
     return jnp.maximum(*(plus(x - y, d) for x, d in zip(xs, ds)))
 
 
@@ -222,7 +227,7 @@ def _mirrored(rule: Rule) -> Rule:
     """A rule for the maximum, for the minimum."""
 
     def mirrored(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-        return -rule(bind, [-x for x in xs], -y, [_minus(None, d) for d in ds])
+        return -rule(bind, [-x for x in xs], y, [_minus(None, d) for d in ds])
 
     return mirrored
 
@@ -265,7 +270,8 @@ def _compare(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Array:
     new = gap + d
     # What did not move is as it was, also where the digits of a wide base pass are gone; and so are
     # infinities that are equal.
-    return (bind(new, jnp.zeros_like(new)) ^ y) & (d != 0) & ~jnp.isnan(new)
+    zero = jnp.zeros_like(new)
+    return (bind(new, zero) ^ bind(gap, zero)) & (d != 0) & ~jnp.isnan(new)
 
 
 _POINTWISE: dict[str, Rule] = {
@@ -307,7 +313,7 @@ _POINTWISE: dict[str, Rule] = {
 
 def _reduce_max(axes: Sequence[int]) -> Rule:
     def rule(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-        return jnp.max(xs[0] - jnp.expand_dims(y, axes) + ds[0], axes)
+        return jnp.max(xs[0] - jnp.max(xs[0], axes, keepdims=True) + ds[0], axes)
 
     return rule
 
@@ -338,7 +344,9 @@ def _window_max(params: dict[str, Any]) -> Rule:
 
     def rule(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
         values, moves = _windows(xs[0], -math.inf, size, how), _windows(ds[0], 0, size, how)
-        return functools.reduce(jnp.maximum, (x - y + d for x, d in zip(values, moves)))
+        values = list(values)
+        largest = functools.reduce(jnp.maximum, values)
+        return functools.reduce(jnp.maximum, (x - largest + d for x, d in zip(values, moves)))
 
     return rule
 
@@ -352,6 +360,9 @@ _ALONG: dict[str, Callable[[dict[str, Any]], Rule]] = {
     "reduce_window_max": _window_max,
     "reduce_window_min": lambda params: _mirrored(_window_max(params)),
 }
+
+# Rules that do not look at the results.
+_FROM_OPERANDS = frozenset(("mul", "max", "min", "clamp", *_ALONG, *_COMPARISONS)) - {"integer_pow"}
 
 # ------------------------------------------------------------------------------------- linear
 
@@ -600,8 +611,8 @@ def needs(eqn: Equation) -> tuple[bool, bool]:
     if _is_linear(eqn):
         return False, False
     name = eqn.primitive.name
-    values = name in _POINTWISE or name in _ALONG
-    return True, values and name != "mul" and has_rule(eqn)
+    values = (name in _POINTWISE or name in _ALONG) and name not in _FROM_OPERANDS
+    return True, values and has_rule(eqn)
 
 
 def operands(eqn: Equation, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
