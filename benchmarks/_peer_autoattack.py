@@ -15,6 +15,30 @@ import torch
 from pyautoattack import AutoAttack
 
 
+class _ChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous()
+
+
+class Plain(torch.nn.Module):
+    """A network that computes in channels last, between inputs and gradients that do not.
+
+    pyautoattack takes views of gradients, which those in channels last do not allow.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(_ChannelsLast.apply(x))
+
+
 class Session:
     """The state between requests; each public method is one."""
 
@@ -37,7 +61,7 @@ class Session:
         """The standard version; seconds of it all, and on request the outcome."""
         s = self.settings
         options = {"norm": s["norm"], "eps": s["eps"], "seed": seed, "version": "standard"}
-        run = AutoAttack(self.model, device=str(self.device), **options)
+        run = AutoAttack(Plain(self.model), device=str(self.device), **options)
         run.square.n_queries = s["queries"]
         for part in (run.apgd, run.apgd_targeted):
             part.n_iter = part.n_iter_orig = s["steps"]
@@ -47,7 +71,9 @@ class Session:
         run.fab.n_iter = s["steps"]
         begin = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            found, predictions = run.run_standard_evaluation(self.x, self.y, batch_size=batch)
+            found, predictions = run.run_standard_evaluation(
+                self.x.contiguous(), self.y, batch_size=batch
+            )
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin

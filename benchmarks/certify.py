@@ -52,7 +52,7 @@ FULL, LOW, PEER, PEER_LOW = (
 )
 OURS = (FULL, LOW)
 P_VALUE = 0.001  # below it the votes of both sides are taken to differ
-STAGES = (100, 1_000, 10_000, 100_000)
+STAGES = (100, 1_000, 10_000, 30_000, 100_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,13 +293,18 @@ def peer_turn(peer: _common.Peer, settings: Settings, dtype: str) -> tuple[_comm
         copies = max(settings.copies, batch)
         return peer.ask("time", images=images, n=copies, batch=batch, dtype=dtype)["seconds"]
 
+    def images(batch: int, each: float) -> int:
+        """As many as last for half a second."""
+        return max(1, math.ceil(0.5 / (each * max(settings.copies, batch))))
+
     trial = {}
     for batch in settings.batches:
         seconds(batch, 1)
-        trial[batch] = min(seconds(batch, 1) for _ in range(2))
+        lasting = images(batch, seconds(batch, 1))
+        trial[batch] = min(seconds(batch, lasting) for _ in range(2))
     best = min(trial, key=trial.__getitem__)
-    images = max(1, math.ceil(0.5 / (trial[best] * max(settings.copies, best))))
-    return lambda: seconds(best, images), best
+    number = images(best, trial[best])
+    return lambda: seconds(best, number), best
 
 
 def fastest_product(load: _common.Load, *, force: bool) -> float:

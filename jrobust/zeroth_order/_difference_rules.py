@@ -343,8 +343,8 @@ def _window_max(params: dict[str, Any]) -> Rule:
     size, how = params["window_dimensions"], [params[name] for name in names]
 
     def rule(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-        values, moves = _windows(xs[0], -math.inf, size, how), _windows(ds[0], 0, size, how)
-        values = list(values)
+        values = list(_windows(xs[0], -math.inf, size, how))
+        moves = _windows(ds[0], 0, size, how)
         largest = functools.reduce(jnp.maximum, values)
         return functools.reduce(jnp.maximum, (x - largest + d for x, d in zip(values, moves)))
 
