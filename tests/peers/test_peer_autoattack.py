@@ -124,6 +124,4 @@ def test_as_strong_as_the_peer(net, member, kind, nets, examples, peer, folder):
     between = np.mean([np.mean(a == b) for a in ours for b in theirs])
     print(f"{net} {kind.norm} {member}: {robust[0]:.2f} {robust[1]:.2f} {between:.4f} {itself:.4f}")
     assert robust[0] <= robust[1] + 0.5
-    # Flags on which ours is the stronger are no disagreement that counts against it.
-    weaker = np.mean([np.mean(~a & b) for a in ours for b in theirs])
-    assert between >= itself - 0.01 or weaker <= (1 - itself) / 2 + 0.005
+    assert between >= itself - 0.01
