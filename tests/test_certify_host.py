@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import jrobust
 from jrobust import loops, parallel, smoothing
@@ -154,6 +155,31 @@ def test_a_compiled_model_votes_and_a_black_box_is_certified(tmp_path):
     for model, named in ((MODEL, "variables_sha256"), (edited, "programs_sha256")):
         with pytest.raises(ValueError, match=f"holds another run: .*{named}"):
             certify(directory, model=model, voter=Host(service), pairs=40)
+
+
+def test_a_twin_beside_a_black_box_casts_the_votes_that_were_counted(key):
+    """Both programs of a half-precision model must round it alike: another one is not bounded."""
+
+    class Twin(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            hidden = nn.relu(nn.Dense(32, dtype=jnp.bfloat16)(x))
+            return nn.LayerNorm(dtype=jnp.bfloat16)(nn.Dense(10, dtype=jnp.bfloat16)(hidden))
+
+    x = jnp.asarray(np.random.default_rng(1).random((4, 16)), jnp.float32)
+    variables = jax.jit(Twin().init)(jax.random.key(1), x)
+    noise = smoothing.Gaussian(0.5)
+
+    def twin(points):
+        return Twin().apply(variables, points)
+
+    def never(points):
+        return np.eye(10)[np.zeros(len(points), int)]
+
+    votes = smoothing.count_votes(key, twin, x, noise, 512, chunk=64)
+    pairs = smoothing.count_disagreements(key, Host(never), twin, x, noise, 512, chunk=64)
+    np.testing.assert_array_equal(pairs[:, 1:10], votes[:, 1:10])
+    assert np.all(pairs[:, 0] == 0)
 
 
 def test_denoised_smoothing_of_a_black_box(key):

@@ -196,6 +196,25 @@ def test_radii_are_rounded_down():
     assert Uniform(0.7).radius(0.1) < 0.8 * 0.7 * (1 - 1e-8)
 
 
+def test_a_bound_above_one_half_is_rounded_down_too():
+    """There z is negative, and what is rounded is its size: with another bound they may cancel."""
+
+    def towards_l1(p):
+        return 3072 * (1 - 2 * p) if p >= 1 / Decimal(6144) else 3071 - (6144 * p).ln()
+
+    cases = {
+        Exponential(1.0, 3, "L2", "L2"): lambda p: ((1 - p) / p).ln(),
+        Exponential(1.0, 3072): towards_l1,
+        Exponential(1.0, 3072, power=0.5, pole=1536.0): lambda p: 3072 * 3070 * (1 - 2 * p),
+    }
+    pairs = itertools.product([0.625, 0.9, 0.999], [0.25, 0.3, 0.1, 1e-3, 1e-6])
+    with decimal.localcontext(CONTEXT):
+        for (noise, z), (q, runner) in itertools.product(cases.items(), pairs):
+            top, other = -z(1 - Decimal(q)), z(Decimal(runner))
+            less = (top + other) / 2 - Decimal(float(noise.radius(q, runner)))
+            assert 0 < less < Decimal("1e-7") * (other - top), (noise, q, runner)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_what_every_radius_rule_promises(name):
     noise = ALL[name]
@@ -498,6 +517,8 @@ def test_bad_parameters(noise, match):
 def test_inputs_of_another_size_are_refused(noise, key):
     with pytest.raises(ValueError, match=rf"size={SIZE}\) is for inputs of {SIZE} .*size=5"):
         smoothing.count_votes(key, lambda v: v, jnp.zeros((2, 5)), noise, 10)
+    with pytest.raises(ValueError, match=r"shape \(5,\) has no pixels: pass pixels=False"):
+        smoothing.count_votes(key, lambda v: v, jnp.zeros((2, 5)), Masking(2, 5), 10)
 
 
 @pytest.mark.parametrize("noise", [Uniform(1.0), Laplace(1.0), Pareto(1.0), LINF1])

@@ -17,6 +17,7 @@ from jrobust.drive import Host
 from jrobust.loops import _sandwich
 from jrobust.loops._sandwich import Claims, Contradicted, sandwich
 from jrobust.models import Bound
+from jrobust.smoothing import Converted
 from jrobust.threat import L0, L2, Linf
 
 KEY = jax.random.key(3)
@@ -330,6 +331,14 @@ def test_locations_are_counted_in_l0():
     assert report.examples["distance"][1] in (1, 2)
 
 
+def test_l0_counts_pixels_or_values_as_the_noise_or_the_attack_does():
+    values = FMN(L0(3.0, pixels=False))
+    assert not _sandwich._pixels(values, None)
+    assert _sandwich._pixels(FMN(L0(3.0)), None)
+    assert _sandwich._pixels(values, smoothing.Masking(keep=2, size=3))
+    assert not _sandwich._pixels(FMN(L0(3.0)), smoothing.Masking(keep=2, size=3, pixels=False))
+
+
 def test_a_plot_takes_axes(finished):
     from matplotlib.figure import Figure
 
@@ -349,6 +358,8 @@ def test_a_plot_takes_axes(finished):
         ({"noise": None}, ValueError, "nothing to put to the test"),
         ({"noise": smoothing.Gaussian(-1.0)}, ValueError, "sigma"),
         ({"noise": smoothing.DiscreteGaussian(0.25, D)}, ValueError, "grid"),
+        ({"noise": Converted(smoothing.DiscreteGaussian(0.25, D), "Linf", D)}, ValueError, "grid"),
+        ({"noise": smoothing.Mixed(NOISE, 0.8)}, TypeError, "about the mix"),
         ({"logits_fn": Host(lambda x: x)}, TypeError, "FMN needs gradients and a Host model has"),
         ({"noise": (NOISE, NOISE)}, TypeError, "not two halves"),
         ({"votes": 5}, ValueError, r"votes = 5 always abstain.*at least 24"),

@@ -353,6 +353,15 @@ def test_the_key_decides_all_noise_and_numbers_are_leaves(name):
     assert len(jax.tree.leaves(traced)) == expected[name]
 
 
+@pytest.mark.parametrize("name", ["SmoothMix-1", "CATRS-own"])
+def test_draws_are_float32_where_the_default_is_float64(name):
+    objective = OBJECTIVES[name]
+    with jax.enable_x64(True):
+        text = str(jax.make_jaxpr(lambda p: objective(KEY, SPY, p, EXTRA, BATCH)[0])(PARAMS))
+    assert "bit_width=32" in text
+    assert "bit_width=64" not in text
+
+
 def test_copies_are_the_samples_of_the_certificate():
     """count_votes under the same key draws what the objectives draw."""
     key, side = jax.random.fold_in(KEY, 1), (X64[:, None] + E)[..., 0] > 0.5

@@ -554,6 +554,7 @@ def test_noise_in_another_precision_is_refused(key, dtype):
         ({"chunk": 0}, ValueError, "chunk must be at least 1"),
         ({"chunk": 1.5}, ValueError, "chunk must be at least 1, a Python int"),
         ({"ids": np.array([5, 5 + 2**32])}, ValueError, "ids must fit in 32 bits"),
+        ({"ids": np.array([-1, 2**32 - 1])}, ValueError, "ids must fit in 32 bits"),
         ({"start": -1}, ValueError, "start"),
         ({"start": 2**32 - 9}, ValueError, "start"),
         ({"start": 0.5}, TypeError, "start must be an integer"),

@@ -210,6 +210,23 @@ def test_confidence_sequence_closed_form():
             assert 100 <= ratio < 100 * (1 + 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("k", "n"), [(1, 10**5), (99_900, 10**5), (7, 20), (10**7 - 20, 10**7), (10**9 - 500, 10**9)]
+)
+@pytest.mark.parametrize("alpha", [1e-3, 1e-12])
+def test_confidence_sequence_is_rounded_outward_for_any_counts(k, n, alpha):
+    """The likelihood ratio in sixty digits, at bounds below 1/2, whose digits tell."""
+    for count in {k, n - k}:
+        # Lower bounds stop at a part in 2^64 of k / n.
+        for p, spare in zip(statistics.confidence_sequence(count, n, alpha), ("0.01", "1e-8")):
+            if 0 < p < 0.5:
+                with decimal.localcontext(CONTEXT):
+                    like = count * Decimal(float(p)).ln()
+                    like += (n - count) * (1 - Decimal(float(p))).ln()
+                    ratio = like + (Decimal(math.comb(n, k)) * (n + 1)).ln() - Decimal(alpha).ln()
+                assert -Decimal(spare) < ratio <= 0
+
+
 def test_confidence_sequence_holds_at_all_times_at_once():
     rng = np.random.default_rng(3)
     runs, trials, alpha = 4000, 200, 0.1

@@ -293,6 +293,16 @@ def _length(norm: str, x: np.ndarray, x0: np.ndarray, pixels: bool) -> np.ndarra
     return length * (1 + 2.0**-40)
 
 
+def _drawn(noise: Any) -> Any:
+    """The noise inside of all that restates its radius or masks it."""
+    return _drawn(noise.noise) if hasattr(noise, "noise") else noise
+
+
+def _pixels(attack: Attack, noise: Any) -> bool:
+    """Whether L0 counts pixels or values: as the noise does, else as the attack's threat."""
+    return getattr(attack.threats()[0] if noise is None else _drawn(noise), "pixels", True)
+
+
 class _Judge:
     """Whether the smoothed classifier's answer at a point differs from the certified one."""
 
@@ -423,7 +433,12 @@ def _check(
     else:
         if is_dual(noise):
             raise TypeError("the sandwich puts one noise to the test, not two halves")
-        if isinstance(noise, smoothing.DiscreteGaussian):
+        if isinstance(noise, smoothing.Mixed):
+            raise TypeError(
+                "a certificate with Mixed is about the mix, and the votes on an attacked point are "
+                "of its robust part alone: put that part to the test, with the noise inside"
+            )
+        if isinstance(_drawn(noise), smoothing.DiscreteGaussian):
             raise ValueError(
                 "certificates with DiscreteGaussian are about inputs on its grid, and attacks "
                 "leave it: put those of Gaussian(sigma) to the test"
@@ -508,8 +523,9 @@ def sandwich(
     certificate and attack contradict each other, and one of them is wrong. The attacks leave the
     certified class, right or wrong, so that wrong answers are put to the test too; where the
     certificate abstains it claims nothing, and nothing is attacked. Distances are measured in the
-    certificate's norm, in float64, whatever norm an attack is made for; attacks that look for the
-    closest point (``DDN``, ``FMN``, ``CW``, ``FAB``) give distances that mean most.
+    certificate's norm, in float64, whatever norm an attack is made for (in L0 pixels or values, as
+    the noise or else the attack's threat counts them); attacks that look for the closest point
+    (``DDN``, ``FMN``, ``CW``, ``FAB``) give distances that mean most.
 
     **With a noise** the certificate is about the smoothed classifier, and so is the attack. A
     gradient attack climbs the log of the mean softmax over ``draws`` fixed noisy copies (Salman et
@@ -616,8 +632,7 @@ def sandwich(
             fresh = jax.random.fold_in(key, _VERDICTS)
             judge = _Judge(fresh, model, strong, data, votes, level, mesh, clock)
 
-    total, pixels = len(data), getattr(noise, "pixels", True)
-    x = np.array(data.x)
+    total, x = len(data), np.array(data.x)
     distances, claimed = (np.full((len(named), total), np.inf) for _ in range(2))
     closest = np.full(total, -1)
     points: dict[str, np.ndarray] = {}
@@ -636,7 +651,8 @@ def sandwich(
         points[name] = np.array(data.x)
         points[name][certified] = found.x
         broken = certified[~found.examples["robust"]]
-        lengths = _length(certificate.norm, points[name][broken], data.x[broken], pixels)
+        ends = points[name][broken], data.x[broken]
+        lengths = _length(certificate.norm, *ends, _pixels(attack, noise))
         claimed[list(named).index(name), broken] = lengths
 
     bound = min(certificate.alpha + (0.0 if noise is None else verdict_alpha), 1.0)
@@ -686,7 +702,8 @@ def sandwich(
                     done += int(mask.sum())
                     bar.update(f"verdicts on {name}", done, len(hit))
                 hit = hit[np.concatenate(parts)]
-            distances[number, hit] = _length(certificate.norm, reached[hit], data.x[hit], pixels)
+            ends = reached[hit], data.x[hit]
+            distances[number, hit] = _length(certificate.norm, *ends, _pixels(attack, noise))
             nearer = hit[distances[number, hit] < distances[:number, hit].min(0, initial=np.inf)]
             x[nearer], closest[nearer] = reached[nearer], number
     distance = distances.min(axis=0)

@@ -275,8 +275,10 @@ def certify(
     at the input. The first is bounded at alpha / 2 from the votes of h, the second at alpha / 2
     from column c of ``disagreements``. With probability at least 1 - alpha both bounds hold
     (Boole's inequality, so that the pairs may be a part of the samples that voted), and then their
-    sum bounds P(f != c). The radius is that of the sum, for f, with nothing assumed about h. The
-    second bound is at least ``1 - (alpha / 2)^(1/m)`` for m pairs, which limits the radius.
+    sum bounds P(f != c). The radius is that of the sum, for f, with nothing assumed about h but
+    that it is one function: the pairs need the votes of the very model that voted, rounded as it
+    was, with batches and ``chunk`` of the same shape. The second bound is at least
+    ``1 - (alpha / 2)^(1/m)`` for m pairs, which limits the radius.
 
     Args:
         select_counts: (B, C + 1) integer counts of :func:`count_votes`, under the selection key;

@@ -158,5 +158,4 @@ class DiscreteGaussian:
         """
         off = self.size * (2 * _reach(float(self.sigma), self.levels) + 4) * 2.0**-_BITS
         bounds = (np.minimum(bound + off, 1.0) for bound in probabilities(q, runner))
-        z = sum(-special.ndtri(bound) for bound in bounds) / 2
-        return np.where(np.isfinite(z), round_down(1.0, np.float64(self.sigma) * z), -np.inf)[()]
+        return round_down(self.sigma, *(-special.ndtri(bound) for bound in bounds))

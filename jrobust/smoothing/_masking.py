@@ -65,6 +65,11 @@ class Masking:
 
     def perturb(self, key: Array, x: Array) -> Array:
         """``x`` with all but ``keep`` locations filled; ``ValueError`` unless it has ``size``."""
+        if self.pixels and x.ndim < 2:
+            raise ValueError(
+                f"an input of shape {x.shape} has no pixels: pass pixels=False to "
+                f"{type(self).__name__}, so that every value is a location"
+            )
         locations = x.shape[:-1] if self.pixels else x.shape
         check_size(self, self.size, math.prod(locations), "pixels" if self.pixels else "values")
         high, low = jax.random.bits(key, (2, self.size), jnp.uint32)

@@ -97,13 +97,17 @@ def probabilities(q: ArrayLike, runner: ArrayLike | None) -> tuple[np.ndarray, n
     return q, runner
 
 
-def round_down(scale: Any, z: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
-    """``scale * z`` rounded down, scale being the float32 number that was drawn with."""
+def round_down(scale: Any, *z: np.ndarray) -> np.ndarray:
+    """``scale`` times the mean of the ``z``, each of which may be wrong by its rounding, or less.
+
+    Of a sum it is the size of the parts that tells the rounding: they may cancel.
+    """
     with np.errstate(invalid="ignore"):
-        low = np.nextafter(
-            np.float64(np.float32(scale)) * (z - rounding * (1 + np.abs(z))), -np.inf
-        )
-    return np.where(np.isinf(z), z, low)[()]
+        total = sum(z) / len(z)
+        size = sum(map(np.abs, z)) / len(z)
+        low = np.nextafter(np.float64(scale) * (total - _ROUNDING * (1 + size)), -np.inf)
+    low = np.where(np.isinf(total), total, low)
+    return np.where(np.isnan(total), -np.inf, low)[()]
 
 
 class Additive(abc.ABC):
@@ -139,8 +143,8 @@ class Additive(abc.ABC):
         """
         q, runner = probabilities(q, runner)
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = (self._z(q) + self._z(runner)) / 2
-        return round_down(self._scale(), np.where(np.isnan(z), -np.inf, z))
+            z = self._z(q), self._z(runner)
+        return round_down(np.float32(self._scale()), *z)  # of the scale that was drawn with
 
 
 @algorithm
@@ -377,6 +381,7 @@ class Exponential(_Scaled):
 
     def _z(self, q: np.ndarray) -> np.ndarray:
         d, p = self.size, np.minimum(q, 1 - q)  # exact where it matters, for q >= 1/2
+        low = np.where(q <= 0.5, -1, 1)  # which way z at p is to err: beyond 1/2 it is taken off
         if self.norm != self.shape:
             if self.power == 1 and self.pole == 0:
                 z = np.where(p >= 0.5 / d, d * (1 - 2 * p), d - 1 - np.log(2 * d * p))
@@ -385,7 +390,7 @@ class Exponential(_Scaled):
                     [(d - self.pole) / self.power, (d - self.pole - 1) / self.power]
                 )
                 loss = 1e-15 * (4 + np.abs(tops).max())  # the difference cancels
-                z = d / (d - 1) * math.exp(tops[0] - tops[1]) * (1 - 2 * p) * (1 - loss)
+                z = d / (d - 1) * math.exp(tops[0] - tops[1]) * (1 - 2 * p) * (1 + low * loss)
         elif self.norm != "L2":
             z = -np.log(2 * p)
         elif self.power == 2:
@@ -393,7 +398,10 @@ class Exponential(_Scaled):
         else:
             a, b = 0.5, (d - 1) / 2
             square = outward(
-                special.betainccinv(a, b, 2 * p), lambda c: -special.betaincc(a, b, c), -2 * p, -1
+                special.betainccinv(a, b, 2 * p),
+                lambda c: low * special.betaincc(a, b, c),
+                low * 2 * p,
+                low,
             )
             z = (d - 1) * np.arctanh(np.sqrt(square))
         return np.where(q <= 0.5, z, -z)

@@ -77,13 +77,8 @@ def _copies(image_keys: Array, x: Array, noise: Noise, samples: Array) -> tuple[
     return points, jnp.isfinite(points).reshape(len(points), -1).all(axis=1)
 
 
-def _answers(fn: Callable[[Array], Array], points: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return fn(points)
-
-
-# Compiled on their own, because a black box is asked from Python.
-_compiled_copies, _compiled_answers = jax.jit(_copies), jax.jit(_answers)
+# Compiled on its own, because a black box is asked from Python.
+_compiled_copies = jax.jit(_copies)
 
 
 def _scan(
@@ -121,10 +116,12 @@ def _scan(
 
 def _check_range(ids: Any) -> None:
     """Raise ``ValueError`` for ids that 32 bits do not tell apart."""
-    if isinstance(ids, jax.Array):
+    if isinstance(ids, jax.core.Tracer) or getattr(ids, "itemsize", 8) <= 4:
         return
     wide = np.asarray(ids)
-    if wide.dtype.kind in "iu" and wide.size and not -(2**31) <= wide.min() <= wide.max() < 2**32:
+    if wide.dtype.kind not in "iu" or not wide.size:
+        return
+    if not -(2**31) <= wide.min() <= wide.max() < min(2**32, int(wide.min()) + 2**32):
         raise ValueError(
             f"ids must fit in 32 bits, got {wide.min()} .. {wide.max()}: inputs whose ids differ "
             "by a multiple of 2^32 would share their noise"
@@ -170,28 +167,37 @@ def _vote(logits: Array) -> Array:
 
 
 def _said(fn: Any, points: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, int]:
-    """(R,) votes at the points (R, ...), and the number of classes.
+    """(R,) votes of a black box at the points (R, ...), and the number of classes.
 
-    A black box is shown the points ``asked`` (R,) alone; its votes at the others are -1.
+    It is shown the points ``asked`` (R,) alone; its votes at the others are -1.
     """
-    if drive.is_host(fn):
-        logits = fn(jnp.asarray(points[asked]))
-    else:
-        # A plain function is static, one trace for each function object.
-        model = jax.tree_util.Partial(fn) if jax.tree_util.all_leaves([fn]) else fn
-        logits = _compiled_answers(model, points)
+    logits = fn(jnp.asarray(points[asked]))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the models must answer with (R, C) logits, C >= 2, got {logits.shape}")
-    votes = np.asarray(_vote(logits))
-    if drive.is_host(fn):
-        votes, given = np.full(len(points), -1), votes
-        votes[asked] = given
+    votes = np.full(len(points), -1)
+    votes[asked] = _vote(logits)
     return votes, logits.shape[1]
+
+
+@jax.jit
+def _cast(fn: Any, image_keys: Array, x: Array, noise: Noise, samples: Array) -> Array:
+    """(B * m,) votes of a compiled model at the copies ``samples`` (m,).
+
+    In a loop, as in :func:`_scan`: elsewhere compilers round a model otherwise, and in half
+    precision that is another model, a vote in a few hundred apart.
+    """
+    logits_of, _ = _logits_of(fn, (x.shape[0] * len(samples), *x.shape[1:]))
+
+    def body(i: Array, votes: Array) -> Array:
+        later = samples + jnp.asarray(i).astype(jnp.uint32)
+        return _vote(logits_of(_copies(image_keys, x, noise, later)[0])).astype(votes.dtype)
+
+    return drive.loop(1, body, jnp.zeros(x.shape[0] * len(samples), jnp.int32))
 
 
 def _ask(
     key: Array,
-    label: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, int]],
+    label: Callable[[np.ndarray, np.ndarray, Array], tuple[np.ndarray, int]],
     x: Array,
     noise: Noise,
     n: int,
@@ -201,7 +207,8 @@ def _ask(
 ) -> Array:
     """As :func:`_scan`, from Python, because a black box is asked: only at copies that are finite.
 
-    ``label(points, asked)`` gives labels below ``classes`` for what is counted, and ``classes``.
+    ``label(points, asked, samples)`` gives labels below ``classes`` for what is counted, and
+    ``classes``.
     """
     if any(isinstance(one, jax.core.Tracer) for one in (key, x, start, ids)):
         raise TypeError(
@@ -215,7 +222,7 @@ def _ask(
         points, finite = map(np.asarray, _compiled_copies(image_keys, x, noise, samples))
         asked = finite & np.tile(first + offsets < n, len(x))
         if asked.any():
-            labels, classes = label(points, asked)
+            labels, classes = label(points, asked, samples)
             hits = np.where(asked, labels, classes).reshape(len(x), chunk, 1) == np.arange(classes)
             votes = votes + hits.sum(axis=1, dtype=np.int32)
     if np.ndim(votes) == 0:
@@ -275,7 +282,11 @@ def count_votes(
     """
     x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
     if drive.is_host(logits_fn):
-        return _ask(key, lambda *at: _said(logits_fn, *at), x, noise, n, start, ids, chunk)
+
+        def label(points: np.ndarray, asked: np.ndarray, _: Array) -> tuple[np.ndarray, int]:
+            return _said(logits_fn, points, asked)
+
+        return _ask(key, label, x, noise, n, start, ids, chunk)
     logits_of, classes = _logits_of(logits_fn, (x.shape[0] * chunk, *x.shape[1:]))
     return _scan(key, lambda v: _vote(logits_of(v)), classes + 1, x, noise, n, start, ids, chunk)
 
@@ -322,16 +333,29 @@ def count_disagreements(
         TypeError, ValueError: as :func:`count_votes`; models with different numbers of classes.
     """
     x, ids, chunk = _prepare(key, x, n, start, ids, chunk)
+    shape = (x.shape[0] * chunk, *x.shape[1:])
     if drive.is_host(logits_fn) or drive.is_host(voter):
+        image_keys = keys.examples(key, ids)
 
-        def differ(points: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, int]:
-            meant, classes = _said(logits_fn, points, asked)
-            said, others = _said(voter, points, asked)
+        def answers(fn: Any) -> Callable[..., tuple[np.ndarray, int]]:
+            if drive.is_host(fn):
+                return lambda points, asked, samples: _said(fn, points, asked)
+            # A plain function is static, one trace for each function object.
+            model = jax.tree_util.Partial(fn) if jax.tree_util.all_leaves([fn]) else fn
+            classes = _logits_of(fn, shape)[1]
+            return lambda points, asked, samples: (
+                np.asarray(_cast(model, image_keys, x, noise, samples)),
+                classes,
+            )
+
+        exact_of, voter_of = answers(logits_fn), answers(voter)
+
+        def differ(*at: Any) -> tuple[np.ndarray, int]:
+            (meant, classes), (said, others) = exact_of(*at), voter_of(*at)
             _check_classes(classes, others)
             return np.where(said != meant, said, classes), classes
 
         return _ask(key, differ, x, noise, n, start, ids, chunk)
-    shape = (x.shape[0] * chunk, *x.shape[1:])
     exact, classes = _logits_of(logits_fn, shape)
     fast, others = _logits_of(voter, shape)
     _check_classes(classes, others)

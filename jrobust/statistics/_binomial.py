@@ -47,7 +47,7 @@ def check_probability(name: str, value: ArrayLike) -> np.ndarray:
 
 
 def outward(
-    bound: np.ndarray, tail: Callable[[np.ndarray], np.ndarray], alpha: np.ndarray, sign: int
+    bound: np.ndarray, tail: Callable[[np.ndarray], np.ndarray], alpha: np.ndarray, sign: Any
 ) -> np.ndarray:
     """Move ``bound`` up (sign 1) or down (-1) until ``tail(bound) <= alpha``, and a little more.
 

@@ -190,7 +190,7 @@ class SmoothMix:
         value = _mean(jnp.mean(each(losses.cross_entropy, logits, batch.y), 1), batch.mask)
 
         keys = _keys.examples(mixing, batch.id)
-        share = jax.vmap(lambda k: jax.random.uniform(k, maxval=0.5))(keys)
+        share = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32, maxval=0.5))(keys)
         mixed = x + expand(share, x) * (far - x)
         # In logarithms, so that no target is zero.
         uniform = jnp.log(share / mean.shape[1])[:, None]
@@ -315,7 +315,7 @@ class CATRS:
         right = jnp.mean(jnp.argmax(logits, -1) == label, 1, keepdims=True)
         confidence = jnp.take_along_axis(soft, label, 1) if self.confidence_mask else right
         keys = _keys.examples(choosing, batch.id)
-        chances = jax.vmap(lambda k: jax.random.uniform(k, (m,)))(keys)
+        chances = jax.vmap(lambda k: jax.random.uniform(k, (m,), jnp.float32))(keys)
         kept = jnp.maximum(jnp.sum(chances < confidence, 1), 1)
         sure = kept == m
         ordered = jnp.sort(each(losses.cross_entropy, logits, batch.y), 1)
