@@ -245,12 +245,14 @@ class _Value:
         grad: whether a differentiable path connects it with the input.
         cuts: where paths from the input ended for the gradient.
         notes: all else that happened on the way.
+        nan: whether it is true only where some number is NaN.
     """
 
     axis: _Axis | None = None
     grad: bool = False
     cuts: frozenset[_Cause] = frozenset()
     notes: frozenset[_Cause] = frozenset()
+    nan: bool = False
 
     @property
     def depends(self) -> bool:
@@ -696,13 +698,30 @@ class _Reader:
         except _Lost as lost:
             axes = [None] * len(eqn.outvars)
             notes |= {cause(str(lost))}
+        if name == "ne" and eqn.invars[0] is eqn.invars[1]:  # as jnp.isnan: a constant, of numbers
+            return [_Value(axis, notes=notes, nan=True) for axis in axes]
         outs = [_Value(axis, notes=notes) for axis in axes]
         if kept in ("shift", "straight-through"):
             return outs  # no gradient, and none missing
+        if self._rounds(eqn, made):
+            cuts = _union(v.cuts for v in ins) | {cause("gradient cut", "x - x % q")}
+            return [dataclasses.replace(v, cuts=cuts) for v in outs]
         outs = self._gradients(eqn, ins, outs, cause)
         if kept == "end":
             outs = [dataclasses.replace(v, cuts=frozenset()) if v.grad else v for v in outs]
         return outs
+
+    def _rounds(self, eqn: JaxprEqn, made: dict[Any, JaxprEqn]) -> bool:
+        """Whether this is ``x - x % q``, a rounding whose two gradients cancel."""
+        if eqn.primitive.name != "sub" or isinstance(eqn.invars[1], Literal):
+            return False
+        rest = made.get(eqn.invars[1])
+        if rest is None or len(rest.invars) != 2 or rest.invars[0] is not eqn.invars[0]:
+            return False
+        names = rest.primitive.name, rest.params.get("name")
+        return not self.of(rest.invars[1]).depends and (
+            names[0] == "rem" or names in (("jit", "remainder"), ("jit", "fmod"))
+        )
 
     def _notes(
         self, eqn: JaxprEqn, ins: list[_Value], cause: Callable[..., _Cause], made: Any
@@ -741,6 +760,8 @@ class _Reader:
         Operands that only steer, such as a predicate or an index, take no gradient away where
         another operand carries it: the model is then differentiable almost everywhere.
         """
+        if eqn.primitive.name == "select_n" and ins[0].nan:
+            ins = [*ins[:2], _Value()]  # what is taken where numbers are NaN carries no gradient
         every = _union(v.cuts for v in ins)
         if not any(v.grad for v in ins):
             return [dataclasses.replace(v, cuts=every) for v in outs]
@@ -1271,7 +1292,8 @@ def _output(values: np.ndarray, ends: list[Equation], logits: _Value) -> list[Fi
         return []
     low, high = values.min(), values.max()
     edge = 1e-6 * (high - low)
-    share = float(np.mean((values <= low + edge) | (values >= high - edge)))
+    # Some number is the lowest and some the highest, whether they saturate or not.
+    share = max(0, np.sum((values <= low + edge) | (values >= high - edge)) - 2) / values.size
     return [
         Finding(
             "saturation",

@@ -44,6 +44,7 @@ def strong(tree: Any) -> Any:
     def normalised(leaf: Any) -> Any:
         array = jnp.asarray(leaf)
         number = jnp.issubdtype(array.dtype, jnp.integer) or not isinstance(leaf, jax.Array)
+        number |= array.dtype == jnp.float64
         return jnp.asarray(array, jnp.float32 if number else array.dtype)
 
     return jax.tree.map(normalised, tree)

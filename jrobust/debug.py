@@ -191,15 +191,18 @@ def _working(
         pair = attack.inner(before), attack.inner(after)
         yield from _working(attack.attack, *pair, active, name)
     elif isinstance(attack, _Sequence):
-        i = int(attack._stage(before))
-        here = active & ~np.asarray(before.done) & (np.asarray(before.stage) == i)
-        pair = before.states[i], after.states[i]
-        yield from _working(attack.attacks[i], *pair, here, f"{name}{i} ")
+        # One member steps, with a black box as many as have lanes.
+        for i, member in enumerate(attack.attacks):
+            here = active & ~np.asarray(before.done) & (np.asarray(before.stage) == i)
+            found = _working(member, before.states[i], after.states[i], here, f"{name}{i} ")
+            yield from (one for one in found if np.any(one[-1]))
     elif isinstance(attack, Union):
         for i, member in enumerate(attack.attacks):
             yield from _working(member, before[i], after[i], active, f"{name}{i} ")
     elif isinstance(attack, GradientAttack):
-        yield name + type(attack).__name__, attack, before, after, active
+        # A black box is not asked about all lanes that are not done.
+        counted = np.asarray(after.record.seen > before.record.seen)
+        yield name + type(attack).__name__, attack, before, after, active & counted
     else:
         raise TypeError(
             f"cannot look into {type(attack).__name__}, which is neither a GradientAttack nor made "
@@ -251,7 +254,6 @@ def steps(
             looked = _recalling(logits_fn, dict(answers)) if host else model
             answers.clear()
             for name, member, old, new, active in _working(attack, before, after):
-                active = active & ~np.asarray(old.record.done)
                 moved = active & ~np.asarray(new.record.done) & np.asarray(new.t == old.t + 1)
                 yield Step(name, member, old, new, active, moved, after, looked, eager)
             before = after

@@ -116,14 +116,15 @@ class Report:
         self.table("Accuracy on what no attack has broken.", *found.table())
         rows = found.examples
         broken = rows["correct"] & ~rows["robust"]
-        distances = np.sort(rows["distance"][broken])
-        if len(distances) and distances[-1] > 0:
+        distances = np.unique(rows["distance"][broken])
+        if len(distances) and distances[-1] > 0 and len(found.norms) == 1:
             eps = np.concatenate([[0.0], distances])
+            # A step at each distance: a line between two would lie below what was found.
             self.curve(
                 "Accuracy where every adversarial input found counts from its own distance on: the "
                 "true curve is nowhere higher.",
-                {"found": (eps, found.curve(eps))},
-                "distance",
+                {"found": (np.repeat(eps, 2)[1:], np.repeat(found.curve(eps), 2)[:-1])},
+                f"distance ({found.norms[0]})",
                 "accuracy",
                 percent=True,
             )
@@ -132,6 +133,21 @@ class Report:
             for name in ("forwards", "backwards")
         ]
         self.table("Passes through the model.", ["", "in all", "per example"], costs)
+        points = [
+            ["examples with logits that are not finite: broken", found.non_finite],
+            ["claims that a forward pass did not confirm: robust", found.near_ties],
+        ]
+        if found.configuration["search_fn"]:
+            points.append(["points that fool the searched model alone: robust", found.only_search])
+            points.append(["points that fool the model alone: broken", found.only_model])
+        self.table("Where verdicts differ or there is none.", ["", "number"], points)
+        if found.redraws is not None:
+            estimate, low, high = found.redrawn_accuracy()
+            self.text(
+                f"The model draws: it stands by vote. Of its answers under fresh draws, at the "
+                f"points that attacks returned, {estimate:.1%} are right, with 95% confidence "
+                f"between {low:.1%} and {high:.1%}."
+            )
         if found.doubts:
             self.table(
                 "Reasons to doubt the robust accuracy.",

@@ -565,7 +565,9 @@ class L1(Threat):
         def draw(key: Array) -> Array:
             direction, depth = jax.random.split(key)
             laplace = jax.random.laplace(direction, x0.shape[1:], x0.dtype)
-            return laplace / (jnp.sum(jnp.abs(laplace)) + jax.random.exponential(depth))
+            return laplace / (
+                jnp.sum(jnp.abs(laplace)) + jax.random.exponential(depth, (), x0.dtype)
+            )
 
         return self.project(x0 + expand(self.eps, x0) * jax.vmap(draw)(keys), x0)
 

@@ -11,12 +11,15 @@ import jrobust
 from jrobust import drive, keys, losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks import (
+    DDN,
     FGSM,
+    FMN,
     MIFGSM,
     PGD,
     RSFGSM,
     AttackResult,
     GradientAttack,
+    eot,
     restarts,
     sequence,
     union,
@@ -631,6 +634,14 @@ def test_counts_are_those_of_real_executions(key):
         np.testing.assert_array_equal(result.backwards, np.full(2, counts["backward"]))
         assert counts["backward"] > 0
 
+    # Nothing is left to close where the first point ends all examples.
+    counts.update(forward=0, backward=0)
+    result = jrobust.run(PGD(Linf(1e-4)), key, lambda x: NET(counted(x)), x, (y + 1) % 3)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert np.all(result.forwards == 1)
+    assert counts == {"forward": 1, "backward": 1}
+
 
 def test_host_models_are_called_exactly_as_often_as_counted(key):
     seen = []
@@ -755,7 +766,9 @@ def test_union_takes_the_worst_of_all(key):
     a, b = (np.asarray(r.success) for r in runs)
     assert (a != b).any()
     np.testing.assert_array_equal(got.success, a | b)
-    second = (b & ~a) | (~a & ~b & np.asarray(runs[1].loss > runs[0].loss))
+    second = (b & ~a) | ((a == b) & np.asarray(runs[1].loss > runs[0].loss))
+    assert (a & b & second).any()
+    assert (a & b & ~second).any()
     for field in ("x", "distance", "loss"):
         one, two = (np.asarray(getattr(r, field)) for r in runs)
         mask = second.reshape(-1, *[1] * (one.ndim - 1))
@@ -763,6 +776,31 @@ def test_union_takes_the_worst_of_all(key):
     for field in ("forwards", "backwards"):
         one, two = (np.asarray(getattr(r, field)) for r in runs)
         np.testing.assert_array_equal(getattr(got, field), one + two)
+
+
+def test_of_closest_points_a_union_takes_the_closest(key):
+    """In one norm; of points in a ball, or in several norms, the one of highest loss."""
+    x, y = jnp.full((4, 2), 0.5), jnp.zeros(4, jnp.int32)
+    success = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    move = np.float32([[0.2, 0.1, 0.2, 0], [0.1, 0.2, 0, 0]])
+    loss = np.float32([[1, 2, 0, 0], [0, 3, 9, 1]])
+
+    def chosen(*members):
+        attack = union(*members)
+        states = [
+            state._replace(
+                record=state.record._replace(best=x + m[:, None], success=s, loss=jnp.asarray(v))
+            )
+            for state, m, s, v in zip(
+                attack.init(jax.random.split(key, 4), x, y), move, success, loss
+            )
+        ]
+        return attack.result(tuple(states)).loss
+
+    closest = FMN(L2(1.0)), eot(DDN(L2(1.0)))
+    np.testing.assert_array_equal(chosen(*closest), [0, 2, 0, 1])
+    np.testing.assert_array_equal(chosen(FMN(L2(1.0)), FMN(Linf(1.0))), [1, 3, 0, 1])
+    np.testing.assert_array_equal(chosen(PGD(L2(1.0)), PGD(L2(1.0))), [1, 3, 0, 1])
 
 
 def test_with_eps_reaches_every_member_and_a_sweep_is_each_alone(key):

@@ -321,6 +321,10 @@ def test_bad_input():
         Flip()(keys_of([0, 1]), x[0], y)
     with pytest.raises(ValueError, match="for 4 classes, got soft labels of shape"):
         Mixup(CLASSES)(keys_of([0, 1]), x, np.ones((2, 3), np.float32))
+    bytes_ = (255 * x).astype(jnp.uint8)  # to which shares and colours would be rounded
+    for augmentation in (Mixup(CLASSES), Cutout(2)):
+        with pytest.raises(TypeError, match="floating-point inputs, got uint8"):
+            augmentation(keys_of([0, 1]), bytes_, y)
     with pytest.raises(TypeError, match="such as Flip"):
         chain(Flip)
     with pytest.raises(TypeError, match="instances such as Flip"):

@@ -12,6 +12,7 @@ import pytest
 import jrobust
 from jrobust import attacks, keys
 from jrobust._algorithm import describe
+from jrobust._run import strong
 from jrobust.attacks import with_eps
 from jrobust.threat import L0, L2, Linf
 
@@ -219,6 +220,29 @@ def test_lowers_for_every_platform(entry, kind):
         jnp.uint32(0), X, jnp.asarray(Y)
     )
     assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(e, id=e.name, marks=pytest.mark.full if e.large else ())
+        for e in catalogue.ATTACKS
+    ],
+)
+def test_stays_in_float32_in_64_bit_mode(entry, key):
+    """Where 64 bits are switched on, as for the model's sake, no loop changes its types."""
+    with jax.enable_x64(True):
+        for kind in entry.threats if entry.own else entry.threats[:1]:
+            attack = entry.make(kind(0.1))
+            got = jax.eval_shape(lambda x, y, a=attack: a(key, NET, x, y), X, Y)
+            kinds = [leaf.dtype.name for leaf in got]
+            assert kinds == ["float32", "bool", "int32", "float32", "float32", "int32", "int32"]
+
+
+def test_numbers_become_float32_in_64_bit_mode():
+    with jax.enable_x64(True):
+        attack = strong(attacks.PGD(L2(jnp.asarray(0.1)), step_size=np.float64(0.1), momentum=1))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(attack)} == {"float32"}
 
 
 @pytest.mark.parametrize("entry", catalogue.ATTACKS, ids=lambda e: e.name)

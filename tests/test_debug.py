@@ -164,6 +164,26 @@ def test_a_black_box_is_asked_no_more_than_without_looking():
     assert np.isfinite(t.loss[t.active]).all()
 
 
+def test_lanes_of_a_black_box_that_part_are_each_counted():
+    """One ends a round later, and the others are in the next member by then."""
+    estimator, rng = CGE(1e-2), np.random.default_rng(0)
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    x = rng.uniform(0.2, 0.8, (2, 4)).astype(np.float32)
+    tiny = Linf(0.001)
+    first = attacks.CWLinf(
+        tiny, steps=3, step_size=0.25, constant=20.0, largest_constant=90.0, smallest_tau=0.3,
+        keep="success", estimator=estimator,
+    )  # fmt: skip
+    attack = attacks.sequence(first, PGD(tiny, steps=1, estimator=estimator))
+    box = drive.Host(lambda x: np.tanh(x @ w))
+    result, t = debug.trace(attack, KEY, box, x, np.argmax(x @ w, 1))
+    one, two = (t.active[t.member == name].sum(0) for name in ("0 CWLinf", "1 PGD"))
+    np.testing.assert_array_equal(two, [2, 2])
+    queries = estimator.queries(x[0])
+    np.testing.assert_array_equal(result.forwards, (one - 1 + two - 1) * queries + 2)
+    assert one[0] > one[1]
+
+
 def test_eager_steps_see_arrays():
     seen = []
 

@@ -192,6 +192,9 @@ def test_one_input_is_enough():
         (lambda x: jnp.sign(x - 0.5), "sign"),
         (lambda x: (x > 0.5).astype(jnp.float32), "gt"),
         (lambda x: jnp.where(x > 0.5, 1.0, 0.0), "gt"),
+        (lambda x: jnp.where(jnp.isnan(x), x, jnp.floor(8 * x)), "floor"),
+        (lambda x: x - x % 0.125, "sub"),
+        (lambda x: x - lax.rem(x, jnp.full_like(x, 0.125)), "sub"),
         (lambda x: (255 * x).astype(jnp.uint8) / 255.0, "convert_element_type"),
         (lambda x: lax.stop_gradient(x), "stop_gradient"),
         (lambda x: jax.nn.one_hot(jnp.argmax(x, -1), D), "argmax"),
@@ -366,6 +369,8 @@ def test_outputs_that_are_no_logits():
     steep = ("steep", "info")
     assert kinds(lambda x: jax.nn.sigmoid(50 * linear(x))) == [("saturation", "warning"), steep]
     assert kinds(lambda x: 5 * jnp.tanh(0.1 * linear(x))) == [("saturation", "info")]
+    # Of two logits and one input, some are the lowest and the highest.
+    assert jrobust.inspect(lambda x: jnp.tanh(linear(x)[:, :2]), X[:1]).ok
     assert of(lambda x: jnp.tanh(x / 0.01)) == [steep]
     assert of(lambda x: jax.nn.relu(jnp.clip(x, 0, 1))) == [("clip", "info")]
 

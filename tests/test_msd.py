@@ -194,3 +194,11 @@ def test_bad_settings(key):
             jrobust.run(attack, key, MODEL, X, Y)
     with pytest.raises(TypeError, match="query attack"):
         jrobust.run(MSD(BALLS), key, drive.Host(lambda x: np.zeros((len(x), 4))), X, Y)
+
+
+def test_boxes_may_be_of_each_example():
+    low = np.linspace(0.0, 0.3, BATCH, dtype=np.float32)[:, None, None]
+    y = np.zeros(BATCH, np.int32)
+    MSD((Linf(0.05, low), L2(0.3, low))).check(X, y, 4)
+    with pytest.raises(ValueError, match="differ in lo"):
+        MSD((Linf(0.05, low), L2(0.3, low / 2))).check(X, y, 4)

@@ -288,6 +288,12 @@ def test_networks_refuse_other_inputs(module, shape, text):
         jax.eval_shape(models.network(module).init, jax.random.key(0), jnp.zeros((1, *shape)))
 
 
+def test_bytes_are_no_inputs():
+    x = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    with pytest.raises(TypeError, match="images must be floats in pixel units, got uint8"):
+        jax.eval_shape(models.network(models.ResNet()).init, jax.random.key(0), x)
+
+
 def test_export_as_documented(key):
     """The recipe of docs/models.md gives the attack's points at other batch sizes too."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.S)[-1]

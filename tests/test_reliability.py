@@ -16,7 +16,7 @@ from jrobust import data, loops, parallel, statistics
 from jrobust._algorithm import algorithm, describe, static
 from jrobust.attacks import FGSM, PGD, AutoAttack, restarts, sequence
 from jrobust.drive import Host
-from jrobust.loops import ReliabilityWarning
+from jrobust.loops import ReliabilityWarning, _reliability
 from jrobust.loops._publish import _radius, leaderboard_row
 from jrobust.models import Bound, randomized
 from jrobust.report import Report
@@ -120,7 +120,8 @@ def test_gradients_that_foresee_nothing():
 def test_an_attack_that_has_not_arrived():
     slow = PGD(Linf(0.05), steps=20, step_size=0.001, random_start=False)
     report, kinds = evaluate(slow)
-    assert kinds == {"incomplete optimisation", "unbounded attack fails"}
+    # Its steps would not leave the ball; without a bound they are as long, in radii.
+    assert kinds == {"incomplete optimisation"}
     assert re.search("brings 2[01]%", report.doubts[0].message)
     assert kinds == evaluate({"slow": slow, "good": GOOD})[1]
 
@@ -155,6 +156,7 @@ def test_a_search_model_that_leads_astray():
 
     report, kinds = evaluate(search_fn=early)
     assert report.only_search > 0
+    assert report.configuration["search_fn"]
     assert "search model differs" in kinds
 
 
@@ -175,7 +177,10 @@ def test_nothing_is_looked_at_when_nobody_asks():
     assert sum(calls) == len(DATA) + report.examples["forwards"].sum() + broken
 
 
-def test_models_that_draw_are_looked_at_too():
+def test_models_that_draw_are_looked_at_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_reliability, "of_draws", lambda *found: asked.append(found) or [])
+
     def noisy(keys, x):
         noise = jax.vmap(lambda key, row: jax.random.normal(key, row.shape))(keys, x)
         return linear({"w": jnp.asarray(SLOPE)}, {}, x + 0.01 * noise)
@@ -185,6 +190,7 @@ def test_models_that_draw_are_looked_at_too():
         warnings.simplefilter("ignore", ReliabilityWarning)
         report = loops.evaluate(KEY, drawing, DATA, GOOD, batch_size=8, mesh=ONE, progress=False)
     assert not {"zero gradients", "unstable gradients"} & {d.kind for d in report.doubts}
+    assert asked == [(report.robust_accuracy, *report.redraws)]
 
 
 def coin(share):
@@ -210,6 +216,10 @@ def test_a_model_that_draws_is_asked_again_under_fresh_draws(tmp_path):
     assert report.redrawn_accuracy(0.5)[1] > low
     again = loops.evaluate(KEY, coin(0.3), DATA, attack, directory=tmp_path, **options)
     assert again.redraws == report.redraws
+    # A vote flatters single draws, and is flattered by none.
+    (flatters,) = _reliability.of_draws(report.robust_accuracy, *report.redraws)
+    assert f"at most {100 * report.redrawn_accuracy()[2]:.2f}%" in flatters.message
+    assert _reliability.of_draws(report.redrawn_accuracy()[2], *report.redraws) == []
     assert json.loads((tmp_path / "report.json").read_text())["redraws"] == [*report.redraws]
     # At the attacked points, of those that stand too: not at the inputs.
     strong = loops.evaluate(KEY, coin(0.0), DATA, PGD(Linf(0.3), steps=20), **options)
@@ -255,6 +265,47 @@ def test_the_curve_is_what_the_inputs_found_prove():
     assert moved.curve([8 / 255]) == report.robust_accuracy < 1
 
 
+def test_a_sequence_stands_for_its_stages_and_two_norms_make_no_curve():
+    report, _ = evaluate(sequence(PGD(L2(0.1), steps=20), GOOD), checks=False)
+    assert report.attacks == ("1 PGD", "2 PGD")
+    assert report.standing[0] > report.standing[1] > report.standing[2]
+    assert report.norms == ("L2", "Linf")
+    with pytest.raises(ValueError, match="in L2, Linf, whose distances share no axis"):
+        report.curve([0.1])
+    page = Report("Evaluation")
+    page.evaluation("Two norms", report)
+    assert "<img" not in page.html()
+
+
+def test_the_curve_of_a_page_is_the_step_function():
+    class Page(Report):
+        def curve(self, caption, series, xlabel, ylabel, **options):
+            assert xlabel == "distance (Linf)"
+            (self.drawn,) = series.values()
+
+    report, _ = evaluate(checks=False)
+    page = Page("Evaluation")
+    page.evaluation("One norm", report)
+    x, y = page.drawn
+    middle = (x[1:] + x[:-1])[np.diff(x) > 1e-5] / 2
+    assert len(middle) > 1
+    np.testing.assert_array_equal(np.interp(middle, x, y), report.curve(middle))
+
+
+def test_checks_may_be_asked_for_later(tmp_path):
+    evaluate(checks=False, directory=tmp_path / "gradients")
+    report, kinds = evaluate(directory=tmp_path / "gradients")
+    assert (report.resumed > 0, kinds) == (True, set())
+    # Where they have nothing to compute, the files say what they found too.
+    queries, folder = PGD(Linf(0.05), steps=2, estimator=CGE(0.1)), tmp_path / "queries"
+    evaluate(queries, checks=False, directory=folder)
+    before = json.loads((folder / "report.json").read_text())
+    report, kinds = evaluate(queries, directory=folder)
+    assert kinds == {"few steps"}
+    doubts = [doubt._asdict() for doubt in report.doubts]
+    assert json.loads((folder / "report.json").read_text()) == {**before, "doubts": doubts}
+
+
 def test_functions_without_names_are_refused():
     """Of which no report could say, and no later run know, which they are."""
     for optimizer in (lambda size: optax.sgd(size, 0.9), functools.partial(optax.sgd, momentum=0)):
@@ -267,7 +318,13 @@ def test_a_page_of_the_report():
     page.evaluation("Sound", evaluate()[0])
     page.evaluation("Unsound", evaluate(fn=probable)[0])
     page.evaluation("Unseen", evaluate(fn=probable, checks=False)[0])
+    searched = evaluate(checks=False)[0]
+    searched = dataclasses.replace(
+        searched, configuration={**searched.configuration, "search_fn": 1}
+    )
+    page.evaluation("Searched by another", searched)
     text = page.html()
+    assert text.count("fool the model alone") == 1
     for part in ("No sign was found", "were not looked for", "probabilities", "distance"):
         assert text.count(part) >= 1, part
     order = ("No sign was found", "probabilities", "not looked for")

@@ -356,7 +356,6 @@ def test_logits_that_are_not_finite(key):
 @pytest.mark.parametrize(
     ("attack", "x", "error", "message"),
     [
-        (Square(Linf(0.1)), IMAGES[..., None], ValueError, "needs images"),
         (Square(Linf(0.1), queries=0), IMAGES, ValueError, "queries must be a positive int"),
         (Square(Linf(0.1), p=1.5), IMAGES, ValueError, r"p must lie in \(0, 1\]"),
         (Square(L0(1.0)), IMAGES, TypeError, "Square is defined in Linf, L2, L1"),
@@ -368,9 +367,25 @@ def test_what_makes_no_sense_is_refused(attack, x, error, message, key):
         jrobust.run(attack, key, model, x, LABELS)
 
 
-def test_what_is_no_image_is_refused_under_jit_too(key):
-    with pytest.raises(ValueError, match="needs images"):
-        jax.jit(lambda x: Square(Linf(0.1))(key, model, x, LABELS))(IMAGES[..., None])
+@pytest.mark.parametrize("kind", [Linf, L1])
+def test_the_box_is_only_a_unit_and_more_axes_are_images_above_one_another(kind, key):
+    """In L1 too, at a radius that leaves the first tiles as they are."""
+    x = np.float32(np.random.default_rng(0).uniform(0.2, 0.8, (4, 6, 5, 2)))
+    weights = np.float32(np.random.default_rng(1).normal(size=(60, 3)))
+    y = np.zeros(4, np.int32)
+    eps = np.float32({Linf: 0.3, L1: 50.0}[kind])
+
+    def run(scale, shape):
+        attack = Square(kind(scale * eps, hi=scale), queries=12)
+
+        def scores(x):
+            return (x.reshape(4, 60) / scale) @ weights + 100 * jnp.eye(3)[:1]
+
+        return jrobust.run(attack, key, scores, (scale * x).reshape(4, *shape), y)
+
+    unit, wide = run(np.float32(1), (6, 5, 2)), run(np.float32(4), (2, 3, 5, 2))
+    assert np.any(unit.x != x)
+    np.testing.assert_allclose(wide.x.reshape(x.shape) / 4, unit.x, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [2, 1])

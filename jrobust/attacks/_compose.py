@@ -146,7 +146,7 @@ def restarts(attack: Attack, n: int) -> Restarts:
             f"{type(attack).__name__} without a random start repeats itself: restarts of it find "
             "nothing new; set random_start=True"
         )
-    if n > 1 and not attack.stops_at_success and getattr(attack, "keep", "loss") == "last":
+    if n > 1 and _kept(attack) == "last":
         raise ValueError(
             "restarts of an attack with keep='last' would return the last restart, however weak: "
             "set keep='loss' or 'success'"
@@ -267,8 +267,7 @@ def multi_targeted(attack: Attack, n: int = 9) -> MultiTargeted:
         ValueError: if ``n`` is not a positive int, or the attack keeps another point.
     """
     _single("multi_targeted", attack, n)
-    kept = getattr(getattr(attack, "attack", attack), "keep", None)
-    if not attack.stops_at_success and kept != "closest":
+    if not attack.stops_at_success and _kept(attack) != "closest":
         raise ValueError(
             f"{type(attack).__name__} in multi_targeted must stop at success, or the last class "
             "would decide what is returned: set keep='success', or 'closest' where there is one"
@@ -331,12 +330,26 @@ def eot(attack: Attack, samples: int = 20) -> EoT:
     return EoT(attack, samples=samples)
 
 
-def _best(results: list[AttackResult]) -> AttackResult:
-    """Per example: success first, then the higher loss, then the earlier member. Costs add up."""
+def _kept(attack: Attack) -> Any:
+    """Which point the attack inside of compositions of one attack returns."""
+    while isinstance(attack, _Wrapper):
+        attack = attack.attack
+    return getattr(attack, "keep", None)
+
+
+def _best(attacks: tuple[Attack, ...], results: list[AttackResult]) -> AttackResult:
+    """Per example: success first, then the higher loss, then the earlier member. Costs add up.
+
+    Of successes that are closest points in one norm the closer in place of the higher loss.
+    """
+    closest = {_kept(attack) for attack in attacks} == {"closest"}
+    closest &= len({attack.threats()[0].norm for attack in attacks}) == 1
     best = results[0]
     for other in results[1:]:
-        better = other.success & ~best.success
-        better |= (other.success == best.success) & ~best.success & (other.loss > best.loss)
+        worse = other.loss > best.loss
+        if closest:
+            worse = jnp.where(best.success, other.distance < best.distance, worse)
+        better = (other.success & ~best.success) | ((other.success == best.success) & worse)
         chosen = where(better, other, best)
         best = chosen._replace(
             forwards=best.forwards + other.forwards, backwards=best.backwards + other.backwards
@@ -462,7 +475,7 @@ class Sequence(_Composition):
 
     def result(self, state: _Stages) -> AttackResult:
         """See :meth:`Attack.result`; costs are summed over members."""
-        return _best([a.result(s) for a, s in zip(self.attacks, state.states)])
+        return _best(self.attacks, [a.result(s) for a, s in zip(self.attacks, state.states)])
 
 
 @algorithm
@@ -513,7 +526,7 @@ class Union(_Composition):
 
     def result(self, state: tuple[Any, ...]) -> AttackResult:
         """See :meth:`Attack.result`; costs are summed over members."""
-        return _best([a.result(s) for a, s in zip(self.attacks, state)])
+        return _best(self.attacks, [a.result(s) for a, s in zip(self.attacks, state)])
 
 
 def _members(name: str, attacks: tuple[Attack, ...]) -> tuple[Attack, ...]:
@@ -549,7 +562,8 @@ def union(*attacks: Attack) -> Union:
     With one member for each norm this is the "max" of Tramer & Boneh (2019).
 
     Per example a success is preferred, then the highest loss (comparable where the members ascend
-    the same loss), then the earlier member. ``distance`` is in the norm of the member chosen.
+    the same loss), then the earlier member; of members that all look for the closest point in one
+    norm, the closest. ``distance`` is in the norm of the member chosen.
 
     Args:
         *attacks: attacks or compositions.

@@ -92,7 +92,8 @@ class DeepFool(MinimalNorm):
         down = jnp.where(aimed, ranked[:, 0], record.y)
 
         def look(best: tuple[Array, Array], up: Array) -> tuple[tuple[Array, Array], None]:
-            pick = 1.0 * (everything == up[:, None]) - 1.0 * (everything == down[:, None])
+            beyond, here = ((everything == v[:, None]).astype(logits.dtype) for v in (up, down))
+            pick = beyond - here
             # Not by a product of logits and `pick`, in which one infinite logit spoils all.
             gap = jnp.abs(jnp.sum(jnp.where(pick == 0, 0.0, pick * logits), -1))
             slope = finite(pull(pick)[0])

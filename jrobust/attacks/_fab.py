@@ -137,7 +137,7 @@ class FAB(MinimalNorm):
         there = threat.to_hyperplane(x0, normal, at_x0)
         short, long = (jnp.maximum(threat.distance(x0 + m, x0), 1e-8) for m in (here, there))
         alpha = jnp.minimum(short / (short + long), self.alpha_max)
-        alpha = jnp.where(refining, 0.5 ** (state.t - self.steps), alpha)
+        alpha = jnp.where(refining, 0.5 ** (state.t - self.steps).astype(x.dtype), alpha)
         eta = expand(jnp.where(refining, 1 + _OVERSHOOT, self.eta), x)
         x = where(refining, x, x + eta * here)
         alpha = expand(alpha, x)

@@ -97,7 +97,7 @@ class MSD(GradientAttack):
         """See :meth:`Attack.check`; also refuses balls in different boxes and bad step sizes."""
         super().check(x, y, classes, targets)
         for field in ("lo", "hi"):
-            boxes = [np.broadcast_to(getattr(ball, field), x.shape[1:]) for ball in self.balls]
+            boxes = [np.broadcast_to(getattr(ball, field), x.shape) for ball in self.balls]
             if not all(np.array_equal(box, boxes[0]) for box in boxes):
                 raise ValueError(f"MSD.balls must lie in the same box, but differ in {field}")
         sizes = self.rel_step_size

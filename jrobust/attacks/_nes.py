@@ -132,13 +132,14 @@ class SPSA(_Estimated):
 
     def climb(self, record: Record, at: Array, total: Array, pairs: Array, own: Any) -> Any:
         """One step of Adam."""
-        gradient, n = self.gradient(total, pairs), own.moves + 1
+        gradient, moves = self.gradient(total, pairs), own.moves + 1
+        n = moves.astype(at.dtype)
         first = 0.9 * own.first + 0.1 * gradient
         second = 0.999 * own.second + 0.001 * gradient**2
         mean, spread = first / expand(1 - 0.9**n, at), second / expand(1 - 0.999**n, at)
         size = expand(self.step_size * width(record), at)
         x = at + size * mean / (jnp.sqrt(spread) + 1e-8)
-        return record.threat.project(x, record.x0), _Adam(first, second, n)
+        return record.threat.project(x, record.x0), _Adam(first, second, moves)
 
 
 __all__ = ["NES", "SPSA"]

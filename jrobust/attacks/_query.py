@@ -126,7 +126,7 @@ class DifferenceAttack(QueryAttack):
 
     def draw(self, key: Array, shape: tuple[int, ...]) -> Array:
         """The random direction of an example."""
-        return jax.random.normal(key, shape)
+        return jax.random.normal(key, shape, jnp.float32)
 
     @abc.abstractmethod
     def open(self, record: Record) -> Any:

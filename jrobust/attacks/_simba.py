@@ -94,7 +94,9 @@ class SimBA(QueryAttack):
         blocks = self._blocks(record.x0.shape)
 
         def shuffled(key: Array) -> Array:
-            return jnp.argsort(blocks + jax.random.uniform(key, blocks.shape)).astype(jnp.int32)
+            return jnp.argsort(blocks + jax.random.uniform(key, blocks.shape, blocks.dtype)).astype(
+                jnp.int32
+            )
 
         # Added to a lane's own zero, so that under shard_map it varies over devices as lanes do.
         order = jax.vmap(shuffled)(_keys.fold(record.key, 0)) + jnp.zeros_like(record.y)[:, None]
@@ -130,7 +132,7 @@ def _vectors(basis: str, index: Array, shape: tuple[int, ...]) -> Array:
 
     def cosine(frequency: Array, n: int) -> Array:
         wave = jnp.cos(np.pi / n * (np.arange(n, dtype=np.float32)[None] + 0.5) * frequency)
-        return wave * jnp.where(frequency == 0, np.sqrt(1 / n), np.sqrt(2 / n))
+        return wave * jnp.where(frequency == 0, (1 / n) ** 0.5, (2 / n) ** 0.5)
 
     one = (jnp.arange(channels)[None] == channel).astype(jnp.float32)
     rows, columns = cosine(down, height), cosine(across, width)

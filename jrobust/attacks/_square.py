@@ -43,7 +43,8 @@ class Square(QueryAttack):
     versions stop one short.
 
     Inputs are images (B, H, W, C), or (B, H, W) with one channel; or, which is not published,
-    vectors (B, D), of which a window is a stretch of the same share. Works on a
+    vectors (B, D), of which a window is a stretch of the same share, and inputs of more axes, such
+    as (B, T, H, W, C), taken for T images above one another. Works on a
     :class:`jrobust.drive.Host` model.
 
     Args:
@@ -76,9 +77,8 @@ class Square(QueryAttack):
         return self.steps - 1
 
     def check(self, x: Array, y: Array, classes: int, targets: Array | None = None) -> None:
-        """See :meth:`QueryAttack.check`; also refuses what is no image and shares that are none."""
+        """See :meth:`QueryAttack.check`; also refuses shares that are none."""
         super().check(x, y, classes, targets)
-        _image(x.shape)
         if not bool(np.all((np.asarray(self.p) > 0) & (np.asarray(self.p) <= 1))):
             raise ValueError(f"Square.p must lie in (0, 1], got {self.p}")
 
@@ -97,20 +97,17 @@ class Square(QueryAttack):
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Height, of a vector 1, width, channels; raises ``ValueError`` for other shapes."""
+    """Height, of a vector 1, width, channels; images of more axes are put above one another."""
     if len(shape) == 2:
         return 1, shape[1], 1
-    if len(shape) not in (3, 4):
-        raise ValueError(
-            "Square needs images (B, H, W, C) or (B, H, W), or vectors (B, D), got inputs of shape "
-            f"{shape}: reshape them, or use an attack that knows no squares"
-        )
-    return shape[1], shape[2], shape[3] if len(shape) == 4 else 1
+    if len(shape) == 3:
+        return shape[1], shape[2], 1
+    return int(np.prod(shape[1:-2])), shape[-2], shape[-1]
 
 
 def _uniform(keys: Array, count: int) -> Array:
     """(B, count) in [0, 1)."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 def _signs(u: Array) -> Array:
@@ -223,6 +220,8 @@ def _start(keys: Array, x0: Array, threat: Threat) -> Array:
     move = jnp.pad(tiles, margins).reshape(x0.shape)
     if threat.norm == "L2":
         move = eps * _unit(move, order, tuple(range(1, x0.ndim)))
+    else:  # each tile as heavy as the box is wide; the projection leaves what eps allows
+        move = (threat.hi - threat.lo) * move
     return threat.project(x0 + move, x0)
 
 

@@ -137,7 +137,7 @@ class ZOO(QueryAttack, MinimalNorm):
 def _choose(record: Record, t: Array, like: Array, count: int) -> Array:
     """(B, count) int32: different coordinates of ``like`` (B, d), any as likely."""
     keys = _keys.fold(record.key, t + 1)
-    rank = jax.vmap(lambda key: jax.random.uniform(key, like.shape[1:]))(keys)
+    rank = jax.vmap(lambda key: jax.random.uniform(key, like.shape[1:], like.dtype))(keys)
     return jax.lax.top_k(rank, count)[1].astype(jnp.int32)
 
 
@@ -168,14 +168,15 @@ def _moved(attack: ZOO, record: Record, own: _Coordinates) -> _Coordinates:
     slope = own.slopes + 2 * taken(own.at - record.x0) / scale[:, None]
     first = 0.9 * taken(own.first) + 0.1 * slope
     second = 0.999 * taken(own.second) + 0.001 * slope**2
-    n = taken(own.moves) + 1
+    moves = taken(own.moves) + 1
+    n = moves.astype(slope.dtype)
     step = first / (1 - 0.9**n) / (jnp.sqrt(second / (1 - 0.999**n)) + 1e-8)
     moved = taken(own.at) - attack.step_size * scale[:, None] * step
     return own._replace(
         at=into_box(record, put(own.at, moved)),
         first=put(own.first, first),
         second=put(own.second, second),
-        moves=put(own.moves, n),
+        moves=put(own.moves, moves),
     )
 
 

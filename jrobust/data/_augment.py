@@ -47,6 +47,12 @@ def _images(name: str, x: Array) -> tuple[int, int]:
     return x.shape[1], x.shape[2]
 
 
+def _floats(name: str, x: Array) -> None:
+    """Raise ``TypeError`` for integers, to which shares and colours would be rounded."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} takes floating-point inputs, got {x.dtype}: convert them first")
+
+
 def _coin(keys: Array, probability: Any) -> Array:
     return jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
 
@@ -170,6 +176,7 @@ class Cutout:
     ) -> tuple[Array, Array]:
         """See :class:`Augmentation`."""
         height, width = _images("Cutout", x)
+        _floats("Cutout", x)
         row, column = _centres(keys, height, width)
         size = jnp.full_like(row, self.size)
         inside = _box(row, size, height)[:, :, None] & _box(column, size, width)[:, None, :]
@@ -257,6 +264,7 @@ class Mixup(_Mixing):
         self, keys: Array, x: Array, y: Array, mask: Array | None = None
     ) -> tuple[Array, Array]:
         """See :class:`Augmentation`."""
+        _floats("Mixup", x)
         partner, share = self._draw(keys, mask)
         own = _rows(share.astype(x.dtype), x)
         return own * x + (1 - own) * x[partner], self._labels(y, partner, share)

@@ -19,6 +19,7 @@ from jrobust import _run, drive, parallel
 from jrobust import keys as _keys
 from jrobust._algorithm import describe
 from jrobust.attacks import Attack, AttackResult, GradientAttack, with_eps
+from jrobust.attacks import Sequence as InOrder
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
 from jrobust.loops import _identity, _queue, _reliability
@@ -36,11 +37,7 @@ from jrobust.loops._lanes import (
 from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.loops._reliability import Doubt, ReliabilityWarning
 from jrobust.models import Randomized
-from jrobust.statistics import (
-    clopper_pearson_lower,
-    clopper_pearson_upper,
-    confidence_sequence,
-)
+from jrobust.statistics import confidence_sequence
 
 _COLUMNS = (
     "id", "y", "prediction", "correct", "robust", "broken_by", "adversarial_prediction",
@@ -60,6 +57,7 @@ class EvaluationReport:
             ``forwards``, ``backwards`` over all attacks.
         x: (N, ...) the adversarial input where one was found, else the clean one.
         attacks: names of the attacks in the order in which they ran.
+        norms: of their threat models, each once: those that ``distance`` is in.
         standing: (attacks + 1,) examples that stood before the first and after each attack.
         non_finite: examples with a non-finite logit, clean or attacked; never counted as robust.
         near_ties: examples that an attack reported broken and the verifying forward pass of the
@@ -78,6 +76,7 @@ class EvaluationReport:
     examples: dict[str, np.ndarray]
     x: np.ndarray
     attacks: tuple[str, ...]
+    norms: tuple[str, ...]
     standing: np.ndarray
     non_finite: int
     near_ties: int
@@ -115,10 +114,7 @@ class EvaluationReport:
                 "the model draws no random numbers: its accuracy is robust_accuracy; models that "
                 "do are made by jrobust.models.randomized(fn, key)"
             )
-        k, n = self.redraws
-        lower = min(float(clopper_pearson_lower(k, n, alpha / 2)), max(k - 1, 0) / n)
-        upper = max(float(clopper_pearson_upper(k, n, alpha / 2)), min(k + 1, n) / n)
-        return k / n, lower, upper
+        return _reliability.redrawn(*self.redraws, alpha)
 
     def curve(self, eps: Any) -> np.ndarray:
         """Robust accuracy at radii ``eps`` (E,), as far as the adversarial inputs found tell: (E,).
@@ -127,8 +123,16 @@ class EvaluationReport:
         curve is nowhere higher. It is the curve itself as far as the attacks find the closest
         inputs (``FAB``, ``DDN``, ``FMN``, ``CW``, ``DeepFool``), up to their own radius; for one
         of a budget attack at several radii, evaluate ``{str(e): with_eps(attack, e) for e in eps}``
-        in ascending order and read ``standing``. All attacks must be in the same norm.
+        in ascending order and read ``standing``.
+
+        Raises:
+            ValueError: if the attacks are in several norms, whose distances cannot be compared.
         """
+        if len(self.norms) > 1:
+            raise ValueError(
+                f"the attacks are in {', '.join(self.norms)}, whose distances share no axis: "
+                "evaluate each norm by itself"
+            )
         # As attacks compare: 8 / 255 in float32, up to the rounding of a norm.
         radii = np.asarray(eps, np.float32) * np.float32(1 + 1e-6)
         rows = self.examples
@@ -202,6 +206,8 @@ _SAVE = 10.0
 
 
 def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[str, Attack]:
+    if isinstance(attacks, InOrder):
+        return attacks.stages
     if isinstance(attacks, Attack):
         return {type(attacks).__name__: attacks}
     named: dict[str, Any] = {}
@@ -400,7 +406,8 @@ class _Evaluation:
         held = np.arange(size) < len(index)
         (threat,) = attack.threats()[:1]
         lo, hi = (float(f(np.asarray(v))) for f, v in ((np.min, threat.lo), (np.max, threat.hi)))
-        free = _run.strong(with_eps(attack, threat.widest(hi - lo, example[0].shape[1:])))
+        widest = threat.widest(hi - lo, example[0].shape[1:])
+        free = _run.strong(with_eps(_reliability.paced(attack, widest), widest))
         stages = {"start": 1, "end": 1 << 30}
         if isinstance(attack, GradientAttack) and attack.keep in ("success", "loss"):
             stages = {"start": 1, "most": 1 + attack.moves * 4 // 5, "end": 1 << 30}
@@ -422,7 +429,9 @@ class _Evaluation:
         sets = (self._data.x, self._data.y, self._data.id)
         if self._host:
             return {"data_sha256": _identity.arrays(sets)}
-        return self._programs.identity(sets, (self._model, self._searched))
+        # Checks only look: they may be asked for later, or no more.
+        variables = self._model, self._searched
+        return self._programs.identity(sets, variables, besides=("checks",))
 
     def events(self) -> Iterator[EvaluationEvent]:
         data, named = self._data, self._named
@@ -432,6 +441,7 @@ class _Evaluation:
             "batch_size": lanes,
             "examples": total,
             "checks": self._checks,
+            "search_fn": self._judge is not None,
             **surroundings(self._key, self._mesh),
         }
         folder = Folder(
@@ -445,7 +455,7 @@ class _Evaluation:
         zero = np.zeros(total, np.int32)
         table: dict[str, np.ndarray] = {
             "id": data.id, "y": data.y, "prediction": zero.copy(), "correct": zero > 0,
-            "robust": zero > 0, "broken_by": zero - 1, "adversarial_prediction": zero.copy(),
+            "robust": zero == 0, "broken_by": zero - 1, "adversarial_prediction": zero.copy(),
             "step": zero - 1, "loss": np.full(total, np.nan, np.float32),
             "distance": np.zeros(total, np.float32), "forwards": zero.copy(),
             "backwards": zero.copy(),
@@ -556,11 +566,14 @@ class _Evaluation:
             doubts += _reliability.of_course(
                 named, standing, total, counts["near_ties"], counts["only_search"]
             )
+            if redraws is not None:
+                doubts += _reliability.of_draws(standing[-1] / total, *redraws)
 
         report = EvaluationReport(
             examples=table,
             x=x,
             attacks=tuple(named),
+            norms=tuple(sorted({t.norm for attack in named.values() for t in attack.threats()})),
             standing=np.array(standing),
             non_finite=int(np.sum(table["adversarial_prediction"] < 0)),
             **counts,
@@ -623,7 +636,8 @@ def evaluate(
         key: one typed key; an example's random numbers depend on it and on the example's id alone.
         logits_fn: (B, ...) -> (B, C); a bound model, a plain function or a ``drive.Host``.
         data: the examples.
-        attacks: one attack, a list, or a dict from names to attacks.
+        attacks: one attack, a list, or a dict from names to attacks. A ``sequence``, such as
+            ``AutoAttack(threat)``, stands for its ``stages``.
         search_fn: the model that attacks search instead, such as the same network in bfloat16. An
             example's search ends only where ``logits_fn`` agrees that it is broken, and the verdict
             is that of ``logits_fn`` alone.

@@ -103,13 +103,18 @@ class Folder:
             return dict(file)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write ``report.json``, unless the run was finished and has only been read again."""
+        """Write ``report.json``; of a run that has only been read again, with its own times."""
         if self.directory is None:
             return
         if self._writes:
             (self.directory / "lanes.npz").unlink(missing_ok=True)
-        if self._computed or not (self.directory / "report.json").exists():
-            self.json("report.json", summary)
+        path = self.directory / "report.json"
+        if not self._computed and path.exists():
+            with contextlib.suppress(ValueError):  # damaged since
+                stored = json.loads(path.read_text())
+                times = {k: stored[k] for k in ("seconds", "resumed") if k in stored}
+                summary = {**summary, **times}
+        self.json("report.json", summary)
 
     def metrics(self, **values: Any) -> None:
         """Append one line of JSON to ``metrics.jsonl``."""

@@ -10,7 +10,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -180,9 +180,15 @@ class Programs:
             waiting = [pool.submit(_finish, *_lower(job, self._mesh)) for job in jobs.values()]
             return {name: one.result() for name, one in zip(jobs, waiting)}
 
-    def identity(self, data: Any, variables: Any) -> dict[str, str]:
-        """Digests of what a run is made of; see :mod:`jrobust.loops._identity`."""
-        traced = [_identity.program(job.fn, *job.args) for job in self._jobs(self.size).values()]
+    def identity(
+        self, data: Any, variables: Any, *, besides: Container[str] = ()
+    ) -> dict[str, str]:
+        """Digests of what a run is made of; see :mod:`jrobust.loops._identity`.
+
+        The programs named in ``besides`` are no part of it.
+        """
+        jobs = self._jobs(self.size).items()
+        traced = [_identity.program(job.fn, *job.args) for n, job in jobs if n not in besides]
         return {
             "data_sha256": _identity.arrays(data),
             "variables_sha256": _identity.arrays(variables),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,10 +13,11 @@ import numpy as np
 from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._inspect import inspect
-from jrobust.attacks import Attack
+from jrobust.attacks import PGD, Attack
 from jrobust.attacks._base import forward
 from jrobust.loops._folder import Arrays
 from jrobust.models import Randomized
+from jrobust.statistics import clopper_pearson_lower, clopper_pearson_upper
 from jrobust.threat import Threat
 
 # When a warning is given, as shares of the examples looked at unless said.
@@ -25,7 +27,7 @@ FORESEEN = 0.25  # share of the foreseen rise that has to be there
 STILL_RISING = 0.1  # share of an attack's gain that its last fifth may bring
 UNBREAKABLE = 0.02  # that stand even where any input is allowed
 QUERIES_WIN = 0.002  # of all examples, broken only by an attack without gradients
-FEW_STEPS = 20  # gradient steps below which an attack proves little
+FEW_STEPS = 20  # below which an attack proves little
 ONE_SIDED = 0.01  # points that fool the searched model alone
 
 
@@ -94,6 +96,22 @@ def members(attack: Any) -> list[Attack]:
     return [member for one in several for member in members(one)]
 
 
+def paced(attack: Any, eps: float) -> Any:
+    """``attack`` with what its steps are in the units of x scaled as its radius will be to ``eps``.
+
+    Steps of 2 / 255 would not get far from the input, whatever the model.
+    """
+
+    def one(part: Any) -> Any:
+        if not isinstance(part, PGD) or part.step_size is None:
+            return part
+        own = jnp.asarray(part.threat.eps)
+        factor = jnp.where(own > 0, eps / jnp.where(own > 0, own, 1.0), 1.0)
+        return dataclasses.replace(part, step_size=factor * part.step_size)
+
+    return jax.tree.map(one, attack, is_leaf=lambda part: isinstance(part, PGD))
+
+
 def needs_gradients(attack: Any) -> bool:
     """Whether an attack differentiates the model."""
     kinds = ("queries", "estimator")
@@ -111,7 +129,7 @@ def of_settings(attacks: Mapping[str, Attack]) -> list[Doubt]:
         found.append(
             Doubt(
                 "few steps",
-                f"gradient attacks of less than {FEW_STEPS} steps: {', '.join(few)}",
+                f"attacks of less than {FEW_STEPS} steps: {', '.join(few)}",
                 "take 100 steps for a number to publish, or attacks.AutoAttack(threat)",
             )
         )
@@ -121,7 +139,7 @@ def of_settings(attacks: Mapping[str, Attack]) -> list[Doubt]:
 def of_program(model: Any, x: np.ndarray) -> list[Doubt]:
     """What :func:`jrobust.inspect` warns of in a model's program; ``x`` (B, ...) are inputs."""
     doubts = []
-    for finding in inspect(model, np.resize(x, (4, *x.shape[1:]))).findings:
+    for finding in inspect(model, x).findings:
         if finding.severity != "info":
             place = f" [{finding.where}]" if finding.where is not None else ""
             doubts.append(
@@ -243,3 +261,28 @@ def of_course(
             )
         )
     return doubts
+
+
+def redrawn(right: int, draws: int, alpha: float) -> tuple[float, float, float]:
+    """(estimate, lower, upper) of the mean of ``draws`` chances, of which ``right`` came true."""
+    lower = min(float(clopper_pearson_lower(right, draws, alpha / 2)), max(right - 1, 0) / draws)
+    upper = max(
+        float(clopper_pearson_upper(right, draws, alpha / 2)), min(right + 1, draws) / draws
+    )
+    return right / draws, lower, upper
+
+
+def of_draws(robust: float, right: int, draws: int) -> list[Doubt]:
+    """What fresh draws of a randomised model say; ``robust`` is its accuracy by its votes."""
+    estimate, _, upper = redrawn(right, draws, 0.05)
+    if robust <= upper:
+        return []
+    return [
+        Doubt(
+            "single draws differ",
+            f"{robust:.2%} stand by vote, but {right} of {draws} fresh draws at the points that "
+            f"attacks returned are right: {estimate:.2%}, with 95% confidence at most {upper:.2%}",
+            "publish report.redrawn_accuracy() of a model that answers from one draw; of one that "
+            "answers by vote, say of how many",
+        )
+    ]

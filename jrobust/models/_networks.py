@@ -29,6 +29,8 @@ def _norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
 def _images(x: Array) -> Array:
     if x.ndim != 4:
         raise ValueError(f"images must have shape (B, H, W, channels), got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # to which mean and deviation would be rounded
+        raise TypeError(f"images must be floats in pixel units, got {x.dtype}: convert them first")
     return x
 
 
