@@ -105,14 +105,23 @@ CASES = {
     "div": (lax.div, NORMAL, POSITIVE),
     "max": (lax.max, NORMAL, OTHER),
     "max:kink": (lambda x: lax.max(x * 1e-6, 0.0), NORMAL),
+    "max:infinite": (
+        lambda a, b: jnp.exp(
+            lax.max(jnp.where(OTHER > 0, a, -np.inf), jnp.where(NORMAL > 0, b, -np.inf))
+        ),
+        NORMAL,
+        OTHER,
+    ),
     "min": (lax.min, NORMAL, OTHER),
     "clamp": (lax.clamp, NORMAL - 1, OTHER, POSITIVE),
     "abs": (lax.abs, NORMAL),
     "exp": (lax.exp, NORMAL),
     "exp:from nothing": (lambda x: x + jnp.exp(jnp.minimum(1e3 * x - 200, 20)), 0 * NORMAL),
+    "exp:stays infinite": (lambda x: x + 1 / (1 + jnp.exp(-100 * x)), 5 * np.sign(NORMAL)),
     "exp2": (lax.exp2, NORMAL),
     "expm1": (lax.expm1, NORMAL),
     "log": (lax.log, POSITIVE),
+    "log:stays infinite": (lambda x: jnp.max(jnp.log(x * (OTHER > 0)), 1), POSITIVE),
     "log1p": (lax.log1p, POSITIVE - 1),
     "logistic": (lambda x: lax.logistic(4 * x), NORMAL),
     "logistic:far": (lambda x: x + lax.logistic(300 * x), NORMAL),
@@ -131,6 +140,12 @@ CASES = {
     "pow": (lax.pow, POSITIVE, OTHER),
     "pow:negative base": (lambda x: lax.pow(x, jnp.full_like(x, 3)), NORMAL),
     "select_n": (lambda a, b: jnp.where(a > 0, a * b, 2 * b), NORMAL, OTHER),
+    "select_n:booleans": (
+        lambda a, b: jnp.where(jnp.where(a > 0.1, a > b, b > a), 3 * a, -2 * b),
+        NORMAL,
+        OTHER,
+    ),
+    "eq:maximum": (lambda x: jax.grad(lambda z: jnp.sum(jnp.max(z * z, 1) ** 2))(x), NORMAL),
     "eq ne is_finite": (
         lambda a, b: jnp.where(a == a, a, b) + jnp.where((a != b) & jnp.isfinite(b), a, 3 * b),
         NORMAL,
@@ -179,6 +194,10 @@ CASES = {
     "gt:close": (lambda a, b: jnp.where(a > b, 3 * (a - b), b - a), CLOSE, np.ones_like(CLOSE)),
     "gt:tiny": (lambda a: (1e-7 * a > 0).astype(a.dtype) + a, NORMAL),
     "reduce_max": (lambda x: jnp.max(x, 0), NORMAL),
+    "reduce_max:infinite": (
+        lambda x: jnp.exp(jnp.max(jnp.where(np.arange(4)[:, None] > 0, x, -np.inf), 1)),
+        NORMAL,
+    ),
     "reduce_max:ties": (lambda x: jnp.max(x, 0), np.round(NORMAL)),
     "reduce_min": (lambda x: jnp.min(x, 1), NORMAL),
     "argmax": (lambda x: jnp.argmax(x * 0.3, 0) + x[0], NORMAL),
@@ -211,6 +230,10 @@ CASES = {
             + (jnp.clip(x, 0, 1) * 255).astype(jnp.uint8).astype(x.dtype)
             + (99 * jnp.sign(x - 0.1)).astype(jnp.int8)
         ),
+        NORMAL,
+    ),
+    "convert_element_type:truth": (
+        lambda x: x + lax.convert_element_type((5 * x).astype(jnp.int32), jnp.bool_),
         NORMAL,
     ),
     "dot_general:bytes": (
@@ -561,7 +584,8 @@ def test_a_float64_base_pass_tells_apart_what_float32_does_not():
 
 
 def test_long_ways_to_nearly_nothing():
-    for f, x, d in ((jnp.log, 3, -2.999999), (jnp.square, 1.1, -2.2000005)):
+    root = lambda x: lax.pow(x, jnp.full_like(x, 2**-5))  # noqa: E731
+    for f, x, d in ((jnp.log, 3, -2.999999), (jnp.square, 1.1, -2.2000005), (root, 3, -2.999999)):
         x, d = np.float32(x), np.float32(d)
         assert error(difference(f)(x, d)[1][None], truth(f, [x], [d[None]])) < 1e-6
 
@@ -647,6 +671,9 @@ PROGRAMS = {
     "scan": recurrent,
     "while": counted,
     "cond": branch,
+    "while under vmap": lambda x, w: jax.vmap(
+        lambda row, n: lax.while_loop(lambda s: s[0] < n, lambda s: (s[0] + 1, s[1] @ w), (0, row))
+    )(x, np.arange(4)),
     "jit": lambda x, w: jax.jit(lambda a: jnp.exp(a))(x @ w),
     "remat": lambda x, w: jax.checkpoint(lambda a: jnp.sin(a @ w))(x),
     "custom_jvp": lambda x, w: jax.nn.relu(x @ w) + jax.nn.silu(x),
@@ -716,6 +743,19 @@ def test_what_has_no_rule_is_evaluated_twice_and_says_so(name):
         difference(f, strict=True)(POSITIVE, dx)
 
 
+def test_keys_may_be_arguments():
+    """What follows from them alone has no need of rules, in loops too."""
+
+    def f(x, key):
+        kept = jax.random.bernoulli(key, 0.5, x.shape)
+        noise = lambda i: jax.random.normal(jax.random.fold_in(key, i))  # noqa: E731
+        start = jnp.sum(x * kept, 0)
+        return lax.scan(lambda s, i: (s + noise(i) * x[0], None), start, np.arange(2))[0]
+
+    y, delta = jax.jit(functools.partial(differencer, f, strict=True))(NORMAL, jax.random.key(3))
+    np.testing.assert_allclose(delta(1e-6 * NORMAL, None), 1e-6 * y, rtol=1e-5)
+
+
 def test_only_what_the_result_needs_must_have_a_rule():
     def f(x):
         return jnp.sum(x * lax.lgamma(jnp.float32(2.5))), jnp.sum(lax.lgamma(x))
@@ -746,6 +786,22 @@ def test_nothing_upstream_of_the_change_is_computed_again():
     ]
     assert [p.count("conv_general_dilated[") for p in programs] == [2, 1, 1]
     assert ["reduce_window" in p or " max " in p for p in programs] == [True, True, False]
+
+
+def test_both_phases_in_one_program_agree_on_what_was_kept():
+    """A product that is fused with its maximum's subtraction is rounded otherwise, and not 0."""
+
+    @jax.jit
+    def move(gain, *index):
+        # What is kept first is a constant, whose bits XLA knows.
+        _, delta = differencer(lambda g: jnp.max(NORMAL * jnp.ones((4, 6)) * g, 1), gain)
+        return delta(OneHot(index, 1e-6))
+
+    gain = draw(82, 4, 6)
+    largest = np.argmax(NORMAL * gain, 1)
+    for i, j in np.ndindex(4, 6):
+        np.testing.assert_array_equal(move(gain, i, j) != 0, (np.arange(4) == i) & (largest == j))
+    assert "conditional" in move.lower(gain, 0, 0).compile().as_text()  # that keeps both apart
 
 
 def test_delta_is_a_pytree_that_never_retraces_alone():

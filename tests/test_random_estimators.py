@@ -511,7 +511,7 @@ BAD = {
     ),
     "MeZO lost": (lambda: MeZO(0.1, 1e-9)(K(0), jnp.sum, jnp.ones(2)), ValueError, "lost"),
     "MeZO of a vector": (lambda: MeZO(0.1)(K(0), lambda x: x, jnp.ones(2)), ValueError, "scalar"),
-    "HiZOO alpha": (lambda: HiZOO(0.1, 2.0).check(), ValueError, r"alpha .* \[0, 1\]"),
+    "HiZOO alpha": (lambda: HiZOO(0.1, 1.0).check(), ValueError, r"alpha .* \[0, 1\)"),
     "HiZOO curvature": (
         lambda: HiZOO(0.1, 0.1)(K(0), jnp.sum, jnp.ones(2), jnp.ones(3)),
         ValueError,

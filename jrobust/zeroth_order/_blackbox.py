@@ -264,7 +264,7 @@ class BlackBox(Host):
             if self._log is not None:
                 self._log.sent(request, rows)
             try:
-                answers = np.array(self._service.answer(request, x))  # its own buffer
+                given = self._service.answer(request, x.copy())  # which the service may change
                 break
             except (ConnectionError, TimeoutError) as error:
                 failure = error
@@ -274,6 +274,10 @@ class BlackBox(Host):
                 f"{self._ledger.paid} rows were answered before. The last failure: {failure}"
             ) from failure
         self._count(paid=rows)
+        try:
+            answers = np.array(given)  # a copy: the service may keep its buffer
+        except ValueError:  # rows of several lengths
+            answers = np.array(None)
         like, wrong = (answers.dtype, *answers.shape[1:]), None
         if answers.shape[:1] != (rows,) or answers.dtype.kind not in "biuf":
             wrong = (
@@ -413,8 +417,8 @@ class Subprocess:
             )
             self._process = process
         watch = threading.Timer(self._timeout, _kill, (process,))
+        started = time.monotonic()  # before the watch does, so that its end is not early
         watch.start()
-        started = time.monotonic()
         try:
             try:
                 kind, reply = self._exchange(process, request, _pack(x))

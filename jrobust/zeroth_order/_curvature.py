@@ -48,7 +48,8 @@ class HiZOO:
     Args:
         mu: the step, > 0. The second difference is lost to rounding for small ones: in float32 it
             needs ``mu^2 |s . H s|`` above 1e-6 of ``fn(x)``.
-        alpha: in [0, 1], the share of a step in D; published are 1e-8 to 1e-5.
+        alpha: in [0, 1), the share of a step in D; published are 1e-8 to 1e-5. With 1, D would be 0
+            wherever ``fn`` does not bend.
     """
 
     mu: Any
@@ -59,8 +60,8 @@ class HiZOO:
         RGE(self.mu, 1).check(x)
         alpha = self.alpha
         known = not isinstance(alpha, jax.core.Tracer)
-        if jnp.ndim(alpha) != 0 or (known and not 0 <= float(alpha) <= 1):
-            raise ValueError(f"alpha must be a number in [0, 1], got {alpha}")
+        if jnp.ndim(alpha) != 0 or (known and not 0 <= float(alpha) < 1):
+            raise ValueError(f"alpha must be a number in [0, 1), got {alpha}")
 
     def init(self, x: PyTree) -> PyTree:
         """The curvature to begin with: 1 everywhere, like ``x`` in float32 at least."""

@@ -65,7 +65,7 @@ def differencer(
     Like ``jax.linearize``, but not linear: differences of any size, and no derivative. ``f`` is
     traced and evaluated once. ``delta`` carries the difference itself through its operations by
     rules that do not subtract nearly equal numbers, so that its relative error stays at a few
-    roundings for every size of ``dx``; subtracting two values of ``f`` in float32 would leave no
+    roundings however small ``dx`` is; subtracting two values of ``f`` in float32 would leave no
     digit of a small one. What does not depend on what was changed is not computed again.
 
     ``delta`` is pure and a pytree of the values it needs, for ``jit``, ``vmap`` (perturbations side
@@ -125,7 +125,7 @@ def differencer(
         shape, aux = shape
     wanted = [i < count for i in range(len(jaxpr.outvars))]
     unknown: dict[str, None] = {}
-    plan = _plan(jaxpr, [True] * len(leaves), wanted, unknown)
+    plan = _plan(jaxpr, list(map(rules.is_float, leaves)), wanted, unknown)
     if unknown:
         _lacking(", ".join(unknown), strict)
     tape = _Tape()
@@ -134,7 +134,8 @@ def differencer(
         outs = [cast(y, v.aval.dtype) for y, v in zip(map(jnp.asarray, outs), jaxpr.outvars)]
     out = jax.tree.structure(shape)
     program = _Program(jaxpr, notes, tree, out, strict)
-    delta = jax.tree_util.Partial(program, _stored(tape.values))
+    given = *jax.tree.leaves(x), *closed.consts
+    delta = jax.tree_util.Partial(program, _stored(tape.values, given))
     y = jax.tree.unflatten(out, outs[:count])
     if has_aux:
         return y, delta, jax.tree.unflatten(jax.tree.structure(aux), outs[count:])
@@ -160,26 +161,26 @@ def difference(
     return both
 
 
-def _stored(values: list[Array]) -> list[Array]:
+def _stored(values: list[Array], given: Sequence[Any]) -> list[Array]:
     """The same values, of which XLA computes none again.
 
     Rules subtract what they kept of x from what they kept of max(x). Where both phases are in one
     program, x may be computed again where it is used, and rounded otherwise. XLA drops its
-    optimization barriers before it fuses; what comes out of a conditional stays.
+    optimization barriers before it fuses; what comes out of a conditional stays, as long as it has
+    two branches: the choice must not follow from constants, as some of the values may be, and is
+    made by what is ``given``, x and what f closes over.
     """
-    some = next((v for v in values if v.size and jnp.issubdtype(v.dtype, jnp.floating)), None)
-    if some is None:
+    traced = [v for v in given if isinstance(v, jax.core.Tracer) and v.size]
+    if not (floats := [v for v in traced if jnp.issubdtype(v.dtype, jnp.floating)]):
         return values
-    bits = jax.lax.bitcast_convert_type(jnp.max(some).astype(jnp.float32), jnp.uint32)
-    always = jax.lax.population_count(bits) <= 32  # which XLA does not know
+    some = min(floats, key=lambda v: v.size)
+    bits = lax.bitcast_convert_type(jnp.max(some).astype(jnp.float32), jnp.uint32)
+    always = lax.population_count(bits) <= 32  # which XLA does not know
 
     def other(values: list[Array]) -> list[Array]:
-        return [
-            v ^ v if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == bool else v * 0
-            for v in values
-        ]
+        return list(map(jnp.zeros_like, values))
 
-    return jax.lax.cond(always, lambda values: values, other, values)
+    return lax.cond(always, lambda values: values, other, values)
 
 
 def _lacking(names: str, strict: bool) -> None:
@@ -352,14 +353,11 @@ def _plan(
     jaxpr: Jaxpr, live: Sequence[bool], wanted: Sequence[bool], unknown: dict[str, None]
 ) -> list[Any]:
     """For each operation whether ``delta`` visits it: None, True, or the plan of its program."""
-    alive = {v for v, it in zip(jaxpr.invars, live) if it}
+    alive = _alive(jaxpr, live)
 
     def lives(v: Any) -> bool:
         return not isinstance(v, Literal) and v in alive
 
-    for eqn in jaxpr.eqns:
-        if any(map(lives, eqn.invars)):
-            alive.update(eqn.outvars)
     ends = {v for v, it in zip(jaxpr.outvars, wanted) if it and not isinstance(v, Literal)}
     plan: list[Any] = []
     for eqn in reversed(jaxpr.eqns):
@@ -371,7 +369,11 @@ def _plan(
             come, go = map(lives, eqn.invars), (v in ends for v in eqn.outvars)
             plan.append(_plan(body.jaxpr, list(come), list(go), unknown))
         elif inner := _bodies(eqn):
-            plans = [_whole(body.jaxpr, unknown) for body in inner]
+            flows = _flows(eqn, list(map(lives, eqn.invars)))
+            plans = [
+                _plan(body.jaxpr, flow, [True] * len(body.jaxpr.outvars), unknown)
+                for body, flow in zip(inner, flows)
+            ]
             plan.append(plans[0] if eqn.primitive.name == "scan" else True)
         else:
             if not rules.has_rule(eqn):
@@ -380,8 +382,31 @@ def _plan(
     return plan[::-1]
 
 
-def _whole(jaxpr: Jaxpr, unknown: dict[str, None]) -> list[Any]:
-    return _plan(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), unknown)
+def _alive(jaxpr: Jaxpr, live: Sequence[bool]) -> set[Any]:
+    """The variables of a program that may change, if these arguments may."""
+    alive: set[Any] = {v for v, it in zip(jaxpr.invars, live) if it}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in alive for v in eqn.invars):
+            alive.update(eqn.outvars)
+    return alive
+
+
+def _flows(eqn: Equation, live: Sequence[bool]) -> list[list[bool]]:
+    """Which arguments of each program in a loop or branch may change in any turn."""
+    bodies = [body.jaxpr for body in _bodies(eqn)]
+    if eqn.primitive.name == "cond":
+        return [list(live[1:])] * len(bodies)
+    scan = eqn.primitive.name == "scan"
+    first, second, third = (_split if scan else _parts)(eqn, live)
+    consts, carry, rows = (first, second, third) if scan else (second, third, [])
+    while True:
+        flow = [*consts, *carry, *rows]
+        alive = _alive(bodies[-1], flow)
+        ends = [not isinstance(v, Literal) and v in alive for v in bodies[-1].outvars]
+        new = [a or b for a, b in zip(carry, ends)]
+        if new == carry:
+            return [flow] if scan else [[*first, *carry], flow]
+        carry = new
 
 
 def _bodies(eqn: Equation) -> list[Any]:
@@ -461,9 +486,10 @@ def _both(
 ) -> tuple[list[Any], list[Any]]:
     """The results of a program and their differences, in one pass."""
     tape = _Tape()
-    plan = _whole(closed.jaxpr, {})
-    outs, notes = _base(closed.jaxpr, closed.consts, xs, None, plan, tape)
-    return outs, _delta(closed.jaxpr, notes, tape.values, ds, strict)
+    jaxpr = closed.jaxpr
+    plan = _plan(jaxpr, [True] * len(jaxpr.invars), [True] * len(jaxpr.outvars), {})
+    outs, notes = _base(jaxpr, closed.consts, xs, None, plan, tape)
+    return outs, _delta(jaxpr, notes, tape.values, ds, strict)
 
 
 def _split(eqn: Equation, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -569,11 +595,27 @@ def _settled(
 def _while(eqn: Equation, ins: list[Any], wide: Any, zero: Any = None) -> list[Any]:
     asked, consts, start = _parts(eqn, ins)
     question, body = _bodies(eqn)
-    return lax.while_loop(
+    return _turns(
         lambda carry: _evaluate(question, [*asked, *carry], wide)[0],
         lambda carry: _evaluate(body, [*consts, *carry], wide, zero),
         start,
     )
+
+
+def _turns(more: Callable[[Any], Array], turn: Callable[[Any], Any], start: Any) -> Any:
+    """``lax.while_loop``; each lane of a condition that has some, by ``vmap``, ends on its own."""
+
+    def step(state: Any) -> Any:
+        going, new = more(state), turn(state)
+        if not going.ndim:
+            return new
+
+        def chosen(new: Array, old: Array) -> Array:
+            return jnp.where(jnp.expand_dims(going, range(going.ndim, new.ndim)), new, old)
+
+        return jax.tree.map(chosen, new, state)
+
+    return lax.while_loop(lambda state: jnp.any(more(state)), step, start)
 
 
 def _parts(eqn: Equation, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -603,7 +645,7 @@ def _while_delta(eqn: Equation, xs: list[Any], ds: list[Any], strict: bool) -> l
         new, ds = turn(state)
         return list(map(varying, new, start)), _like(moves, ds, variables, zero)
 
-    return lax.while_loop(lambda s: asks(s)[0][0], step, (start, moves))[1]
+    return _turns(lambda s: asks(s)[0][0], step, (start, moves))[1]
 
 
 def _cond(eqn: Equation, ins: list[Any], wide: Any, zero: Any = None) -> list[Any]:

@@ -133,7 +133,12 @@ Rule = Callable[[Any, Sequence[Any], Any, Sequence[Any]], Any]
 
 
 def _unary(fn: Callable[[Any, Any, Any], Any]) -> Rule:
-    return lambda bind, xs, y, ds: fn(xs[0], y, ds[0])
+    def rule(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Any:
+        d = fn(xs[0], y, ds[0])
+        # What does not move stays, also where values are infinite, such as log(0).
+        return jnp.where(ds[0] == 0, jnp.zeros((), d.dtype), d)
+
+    return rule
 
 
 def _twice(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Any:
@@ -143,7 +148,9 @@ def _twice(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Any:
 
 def _exp(x: Array, y: Array, d: Array) -> Array:
     # Beyond 1 there is no cancellation, but exp(x) may have vanished and expm1(d) overflow.
-    return jnp.where(d > 1, jnp.exp(x + d) - y, y * jnp.expm1(d))
+    new = jnp.exp(x + d)
+    found = jnp.where(d > 1, new - y, y * jnp.expm1(d))
+    return jnp.where((new == y) & jnp.isinf(y), jnp.zeros((), d.dtype), found)
 
 
 def _logistic(x: Array, y: Any, d: Array) -> Array:
@@ -199,7 +206,7 @@ def _integer_pow(n: int) -> Rule:
 def _pow(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
     """``y ((1 + d/x)^(p + dp) x^dp - 1)`` by logarithms, and both values over long ways."""
     x, p = xs[0], cast(xs[1], y.dtype)
-    grow = None if ds[0] is None else jnp.log1p(ds[0] / x)
+    grow = None if ds[0] is None else _log(x, y, ds[0])
     log = plus(_times(moved(p, ds[1]), grow), _times(ds[1], jnp.log(x)))
     far = bind(moved(x, ds[0]), moved(xs[1], ds[1])) - bind(*xs)
     return jnp.where(jnp.abs(log) < 1, y * jnp.expm1(log), far)
@@ -220,7 +227,12 @@ def _max(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
     operands that XLA computed twice and rounded otherwise.
     """
     y = jnp.maximum(*xs)
-    return jnp.maximum(*(plus(x - y, d) for x, d in zip(xs, ds)))
+    return jnp.maximum(*(plus(_below(x, y), d) for x, d in zip(xs, ds)))
+
+
+def _below(x: Array, largest: Array) -> Array:
+    """``x - largest``, which is 0 for those that are as large, infinite ones too."""
+    return jnp.where(x == largest, jnp.zeros((), largest.dtype), x - largest)
 
 
 def _mirrored(rule: Rule) -> Rule:
@@ -259,7 +271,7 @@ def _select(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Any:
         return d
     # Only where the choice moved: elsewhere infinities would subtract to NaN.
     jump = change(bind(new, *cases), bind(which, *cases))
-    return plus(d, jnp.where(new == which, jnp.zeros((), jump.dtype), jump))
+    return moved(jnp.where(new == which, jnp.zeros((), jump.dtype), jump), d)
 
 
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -267,11 +279,15 @@ _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 def _compare(bind: Any, xs: Sequence[Any], y: Any, ds: Sequence[Any]) -> Array:
     (gap,), d = xs, _minus(*ds)
-    new = gap + d
+    new, noise = gap + d, jnp.zeros((), d.dtype)
+    zero = jnp.zeros_like(new)
+    if not any(side is None for side in ds):
+        # What moves together, such as a maximum and the number that it is, is together up to this.
+        noise = 4 * float(jnp.finfo(new.dtype).eps) * (jnp.abs(ds[0]) + jnp.abs(ds[1]))
+        new = jnp.where(jnp.abs(new) < noise, zero, new)
     # What did not move is as it was, also where the digits of a wide base pass are gone; and so are
     # infinities that are equal.
-    zero = jnp.zeros_like(new)
-    return (bind(new, zero) ^ bind(gap, zero)) & (d != 0) & ~jnp.isnan(new)
+    return (bind(new, zero) ^ bind(gap, zero)) & (jnp.abs(d) > noise) & ~jnp.isnan(new)
 
 
 _POINTWISE: dict[str, Rule] = {
@@ -313,14 +329,14 @@ _POINTWISE: dict[str, Rule] = {
 
 def _reduce_max(axes: Sequence[int]) -> Rule:
     def rule(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-        return jnp.max(xs[0] - jnp.max(xs[0], axes, keepdims=True) + ds[0], axes)
+        return jnp.max(_below(xs[0], jnp.max(xs[0], axes, keepdims=True)) + ds[0], axes)
 
     return rule
 
 
 def _argmax(largest: Callable[..., Array], axes: Sequence[int]) -> Rule:
     def rule(bind: Any, xs: Sequence[Any], y: Array, ds: Sequence[Any]) -> Array:
-        return bind(xs[0] - largest(xs[0], axes, keepdims=True) + ds[0]) - bind(xs[0])
+        return bind(_below(xs[0], largest(xs[0], axes, keepdims=True)) + ds[0]) - bind(xs[0])
 
     return rule
 
@@ -346,7 +362,9 @@ def _window_max(params: dict[str, Any]) -> Rule:
         values = list(_windows(xs[0], -math.inf, size, how))
         moves = _windows(ds[0], 0, size, how)
         largest = functools.reduce(jnp.maximum, values)
-        return functools.reduce(jnp.maximum, (x - largest + d for x, d in zip(values, moves)))
+        return functools.reduce(
+            jnp.maximum, (_below(x, largest) + d for x, d in zip(values, moves))
+        )
 
     return rule
 
@@ -591,8 +609,10 @@ def _is_linear(eqn: Equation) -> bool:
     name = eqn.primitive.name
     if name == "convert_element_type":
         (old,), (new,) = eqn.invars, eqn.outvars
+        if is_float(old):
+            return is_float(new)
         # Differences of other integers wrap around, as they may where all is of one type.
-        return is_float(new) if is_float(old) else old.aval.dtype in (jnp.int32, jnp.int64)
+        return old.aval.dtype in (jnp.int32, jnp.int64) and new.aval.dtype != jnp.bool_
     return name in _IDENTITY or name in _LINEAR or name in ("add", "add_any", "sub", "neg")
 
 
