@@ -38,7 +38,12 @@ _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("_inside", defaul
 
 
 def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over ``devices`` (all of them when None), axis ``"data"``."""
+    """A one-dimensional mesh over ``devices`` (all of them when None), axis ``"data"``.
+
+    Its axis is automatic, as those of your own meshes must be. ``jax.make_mesh`` makes explicit
+    ones unless it is given ``axis_types=(jax.sharding.AxisType.Auto,)``, and with these, which
+    ``jax.set_mesh`` imposes on all that follows, most transforms end in JAX's sharding errors.
+    """
     devices = jax.devices() if devices is None else list(devices)
     if not devices:
         raise ValueError("a mesh needs at least one device")
