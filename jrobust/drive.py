@@ -176,8 +176,7 @@ def until_done(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None)
     """Step until every example is done: ends early, cannot be differentiated in reverse.
 
     The inner loop runs while some lane still needs a gradient; then one forward-only evaluation
-    closes the round of those that are left, so that ``n`` moves cost ``n`` gradients and ``n + 1``
-    forward passes.
+    closes the round, so that ``n`` moves cost ``n`` gradients and ``n + 1`` forward passes.
     """
 
     def step(state: Carry) -> Carry:
@@ -185,13 +184,7 @@ def until_done(attack: Stepper, logits_fn: Any, state: Carry, judge: Any = None)
 
     def a_round(state: Carry) -> Carry:
         state = _while(attack.moving, step, state)
-        # Where all have ended on the way, nothing is left to evaluate.
-        return jax.lax.cond(
-            jnp.any(~attack.done(state)),
-            lambda s: attack.close(logits_fn, s, judge),
-            lambda s: s,
-            state,
-        )
+        return attack.close(logits_fn, state, judge)
 
     return _while(lambda s: ~attack.done(s), a_round, state)
 

@@ -62,6 +62,26 @@ def test_attacks_are_bit_equal_at_one_lane_shape(key, backend, threat):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_radii_are_swept_on_each_device(key, backend):
+    attack, radii = attacks.PGD(Linf(0.05), steps=3), jnp.asarray([0.02, 0.05])
+    network = models.network(models.SmallCNN(widths=(2,), classes=3, hidden=4))
+    images, (_, y, ids) = jax.random.uniform(key, (8, 8, 8, 1)), points(8)
+
+    def broken(key, model, x, y, ids):
+        def at(eps):
+            return attacks.with_eps(attack, eps)(key, model, x, y, ids=ids).success
+
+        return jax.vmap(at, out_axes=1)(radii)
+
+    model = network.bind(*network.init(key, images[:1]))
+    axes = (None, None, 0, 0, 0)
+    found = parallel.data_parallel(broken, mesh(4), backend, in_axes=axes)
+    np.testing.assert_array_equal(
+        found(key, model, images, y, ids), broken(key, model, images, y, ids)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_vote_counts_do_not_depend_on_devices(key, backend):
     x, _, ids = points(8)
 
