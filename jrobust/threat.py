@@ -2,7 +2,8 @@
 
 A threat model is a ball of radius ``eps`` in a norm, intersected with the box ``[lo, hi]`` of valid
 inputs. All methods work on batches: the first axis is the example axis, any number of feature axes
-may follow.
+may follow. Inputs are float32, as attacks take them: what a projection promises of the ball holds
+up to the rounding of that type.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ ArrayLike = Any
 def expand(value: ArrayLike, like: Array) -> Array:
     """Append axes to a per-example ``value`` (B,) so that it broadcasts against ``like`` (B, ...).
 
-    Scalars and values that have the rank of ``like`` already are returned as they are.
+    Scalars and values that have the rank of ``like`` already keep their shape. A floating-point
+    value takes the dtype of ``like``, so that float64 numbers do not widen it in 64-bit mode.
     """
     value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(like.dtype, jnp.floating):
+        value = value.astype(like.dtype)
     if value.ndim in (0, like.ndim):
         return value
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
@@ -137,23 +141,22 @@ def _root(square: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
-def _multiplier(move: Array, low: Array, high: Array, radius: Array, free: Array) -> Array:
-    """The ``t`` in (B, 1, ...) at which ``clip(t move, low, high)`` has norm ``radius``.
+def _multiplier(size: Array, room: Array, radius: Array, most: Array, free: Array) -> Array:
+    """The ``t <= most`` in (B, 1, ...) at which ``min(t size, room)`` has norm ``radius``.
 
     ``free`` (B, ...) are the features that do not reach their bound at this ``t``.
     """
-    held = jnp.where(free, 0.0, jnp.where(move > 0, high, low))
-    held = jnp.where(move == 0, 0.0, held)
+    held = jnp.where(free, 0.0, room)
     left = jnp.maximum(radius**2 - _total(held * held), 0.0)
-    loose = jnp.where(free, move, 0.0)
+    loose = jnp.where(free, size, 0.0)
     loose = _total(loose * loose)
     some = loose > 0
-    return jnp.where(some, jnp.minimum(1.0, _root(left / jnp.where(some, loose, 1.0))), 1.0)
+    return jnp.where(some, jnp.minimum(most, _root(left / jnp.where(some, loose, 1.0))), most)
 
 
 # Compiled on its own, because an eager caller would compile the loop anew at each call.
 @jax.jit
-def _free_features(move: Array, low: Array, high: Array, radius: Array) -> Array:
+def _free_features(size: Array, room: Array, radius: Array, most: Array) -> Array:
     """(B, ...) bool: which features of the L2 projection do not reach a bound of the box.
 
     Newton's method from the feasible side: a larger ``t`` leaves fewer features free, and fewer
@@ -162,13 +165,13 @@ def _free_features(move: Array, low: Array, high: Array, radius: Array) -> Array
     """
 
     def free(t: Array) -> Array:
-        return (t * move > low) & (t * move < high)
+        return t * size < room
 
-    length = _root(_total(move * move))
-    first = free(jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0)))
+    length = _root(_total(size * size))
+    first = free(jnp.minimum(most, radius / jnp.where(length > 0, length, 1.0)))
 
     def shrink(inside: Array) -> Array:
-        return inside & free(_multiplier(move, low, high, radius, inside))
+        return inside & free(_multiplier(size, room, radius, most, inside))
 
     return jax.lax.while_loop(
         lambda state: jnp.any(state[0] != state[1]),
@@ -461,11 +464,16 @@ class L2(Threat):
         eps = expand(self.eps, x0).astype(x0.dtype)
         lo, hi = self._bounds(x0)
         low, high = jnp.minimum(lo - x0, 0.0), jnp.maximum(hi - x0, 0.0)
-        move = x - x0
+        move = jnp.clip(x - x0, -1e30, 1e30)
+        # So that no square overflows; one, but for points a trillion away.
+        far = jnp.max(jnp.abs(move), _features(x), keepdims=True, initial=0.0)
+        far = jax.lax.stop_gradient(jnp.maximum(1.0, 1e-12 * far))
+        move = move * (1.0 / far)
+        size, room = jnp.abs(move), jnp.where(move > 0, high, -low)
         # A hair inside, so that what was projected is inside the next time.
         radius = eps * (1 - 2.0**-22)
-        free = _free_features(*jax.lax.stop_gradient((move, low, high, radius)))
-        t = _multiplier(move, low, high, radius, free)
+        free = _free_features(*jax.lax.stop_gradient((size, room, radius, far)))
+        t = _multiplier(size, room, radius, far, free)
         change = jnp.clip(t * move, low, high)
         x = jnp.clip(x0 + change, lo, hi)
         over = _total((x - x0) ** 2) > eps**2
@@ -496,7 +504,12 @@ class L2(Threat):
 
     def distance(self, x: Array, x0: Array) -> Array:
         """``sqrt(sum (x - x0)^2)`` over features."""
-        return jnp.sqrt(jnp.sum((x - x0) ** 2, _features(x)))
+        move = x - x0
+        largest = jnp.max(jnp.abs(move), _features(x), keepdims=True, initial=0.0)
+        # Powers of two change no digit; without them squares under- or overflow.
+        scale = jnp.where(largest > 2.0**32, 2.0**-80, jnp.where(largest < 2.0**-32, 2.0**80, 1.0))
+        length = jnp.sqrt(jnp.sum((scale * move) ** 2, _features(x)))
+        return length / scale.reshape(length.shape)
 
     def widest(self, width: float, shape: tuple[int, ...]) -> float:
         """``width * sqrt(size)``."""
@@ -704,16 +717,17 @@ class L0(Threat):
         return g / jnp.where(total > 0, total, 1.0)
 
     def step_size(self, x0: Array, steps: int, relative: ArrayLike | None = None) -> ArrayLike:
-        """``relative`` multiples, one when None, of twice the sum of the widths of the box, (B,).
+        """``relative`` multiples, one when None, of 20 sums of the widths of the box, (B,).
 
-        The average feature is then moved by twice the width, however many the steps: changes do not
-        add up over steps as in the other norms, and on a linear model steps of that length find
-        nearly the best locations. PGD_0's released length for CIFAR-10, 120000 / 255, is 0.15 sums
-        of widths, where the changes made before count for more than the gradient.
+        The average feature is then moved by 20 widths, however many the steps: changes do not add
+        up over steps as in the other norms, and at that length the projection keeps the locations
+        of highest gain to first order, but for near-ties. PGD_0's released length for CIFAR-10,
+        120000 / 255, is 0.15 sums of widths, where the changes made before count for more than the
+        gradient.
         """
         lo, hi = self._bounds(x0)
         widths = jnp.sum(jnp.broadcast_to(hi - lo, x0.shape), _features(x0))
-        return 2.0 * widths * (1.0 if relative is None else relative)
+        return 20.0 * widths * (1.0 if relative is None else relative)
 
     def distance(self, x: Array, x0: Array) -> Array:
         """The number of locations at which ``x`` and ``x0`` differ."""

@@ -139,8 +139,9 @@ def test_averaged_losses_are_one_loss(key):
     )
 
 
-def test_what_is_not_finite_stays_so():
-    bad = Linear(MODELS[0].weights.at[:, 1].set(jnp.nan), MODELS[0].bias)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(value):
+    bad = Linear(MODELS[0].weights, MODELS[0].bias.at[0, 1].set(value))
     for combine in COMBINES:
         out = ensembles.ensemble([MODELS[1], bad], combine=combine)(X)
         assert not np.isfinite(out).all(axis=1).any(), combine.__name__
@@ -171,6 +172,14 @@ def test_stacks_come_apart_again(key):
     for tree, back in zip(trees, ensembles.unstack(whole)):
         np.testing.assert_array_equal(tree["a"], back["a"])
         assert tree["k"] == back["k"]
+
+
+def test_a_loop_over_an_ensemble_ends():
+    assert [
+        np.asarray(model.bias)[0, 0] for _, model in zip(range(M + 1), ensembles.ensemble(MODELS))
+    ] == [model.bias[0, 0] for model in MODELS]
+    with pytest.raises(IndexError, match=f"of {M} models has no model {M}"):
+        ensembles.ensemble(MODELS)[M]
 
 
 def test_networks_of_one_and_of_several_architectures(key):

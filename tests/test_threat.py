@@ -255,6 +255,18 @@ def test_l0_projection_is_the_best_of_all_subsets(pixels, box):
         np.testing.assert_array_equal(project(np.float32(eps), got), got)
 
 
+@pytest.mark.parametrize("pixels", [True, False])
+def test_an_l0_step_finds_the_best_locations_of_a_linear_model(pixels):
+    rng = np.random.default_rng(2)
+    x0, g = np.float32(rng.random((60, 4, 5, 3))), np.float32(rng.normal(size=(60, 4, 5, 3)))
+    model = L0(4, pixels=pixels)
+    got = jax.jit(model.ascend)(x0, x0, g, model.step_size(x0, 1))
+    gain = np.maximum(np.float64(g) * (1 - x0), -np.float64(g) * x0)
+    gain = flat(gain.sum(-1) if pixels else gain)
+    reached = np.sum(flat(g) * (flat(got) - flat(x0)), 1) / np.sort(gain, 1)[:, -4:].sum(1)
+    assert np.all(reached > 0.997)
+
+
 def test_l0_ties_go_to_the_first_locations():
     x0 = np.full((2, 5, 1), 0.5, np.float32)
     x = x0 + np.float32([[0.2, 0.3, 0.2, 0.2, 0.2], [0.1] * 5])[..., None]
@@ -297,8 +309,10 @@ def hard(name):
         x0 = rng.random((4, 6))
         return x0, x0, 0.5
     if name == "zero eps":
-        x0 = rng.random((4, 6))
-        return x0 + 1, x0, 0.0
+        # The second half black and white: no feature has room on both sides.
+        x0 = rng.random((8, 6))
+        x0[4:] = np.round(x0[4:])
+        return x0 + rng.normal(size=x0.shape), x0, 0.0
     if name == "one feature":
         x0 = rng.random((32, 1))
         return x0 + rng.normal(size=(32, 1)), x0, 0.3
@@ -327,6 +341,13 @@ def test_projection_in_hard_cases(kind, name):
     assert np.all(DUAL[kind][0](np.float64(got) - x0) <= eps + 1e-6)
     if name == "zero move":
         np.testing.assert_array_equal(got, x0)
+
+
+def test_l2_projection_of_points_whose_squares_are_infinite():
+    x0 = np.full((3, 3), 0.5, np.float32)
+    x = np.float32(x0 + 1e20 * np.array([[3.0, 4.0, 0.0], [0.0, -1e9, 0.0], [1e-3, 0.0, np.inf]]))
+    want = x0 + np.array([[0.24, 0.32, 0.0], [0.0, -0.4, 0.0], [0.0, 0.0, 0.4]])
+    np.testing.assert_allclose(jax.jit(L2(0.4).project)(x, x0), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -432,7 +453,7 @@ def test_batched_threat_means_the_same(kind):
     np.testing.assert_array_equal(rows.project(x, x0), model.project(x, x0))
     sizes = rows.step_size(x0, 5)
     np.testing.assert_allclose(sizes, np.broadcast_to(model.step_size(x0, 5), 5), rtol=1e-6)
-    assert sizes[0] == pytest.approx(2 * 3 * 4 * 13.1 / 3 if kind is L0 else 0.15)
+    assert sizes[0] == pytest.approx(20 * 3 * 4 * 13.1 / 3 if kind is L0 else 0.15)
     twice = rows.batched(jnp.asarray(x0))
     np.testing.assert_array_equal(twice.project(x, x0), model.project(x, x0))
     broken = jnp.asarray(x0).at[0].set(jnp.nan)
@@ -612,6 +633,9 @@ def test_distance_is_the_norm(kind, shape):
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, DUAL[kind][0](flat(a) - flat(b)), rtol=1e-6)
     np.testing.assert_array_equal(kind(1.0).distance(a, a), np.zeros(6))
+    for scale in np.float32([1e-30, 1e-20, 1e20, 1e30]):
+        want = DUAL[kind][0](flat(scale * a))
+        np.testing.assert_allclose(kind(1.0).distance(scale * a, 0 * b), want, rtol=1e-6)
 
 
 def test_l0_distance_counts_locations():
@@ -653,6 +677,20 @@ def test_what_makes_no_sense_is_refused(model, shape, message):
     x = np.full((4, *shape), 0.5, np.float32)
     with pytest.raises(ValueError, match=message):
         model.check(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_numbers_do_not_widen_inputs_in_64_bit_mode(kind, key):
+    with jax.enable_x64(True):
+        x0 = jnp.full((2, 2, 3), 0.5, jnp.float32)
+        model, g = kind(np.full(2, 1.0)), x0 - 0.25
+        each = keys.examples(key, jnp.arange(2))
+        for fn in (
+            lambda: model.project(x0 + 1, x0),
+            lambda: model.sample(each, x0),
+            lambda: model.ascend(x0, x0, g, np.float64(0.1)),
+        ):
+            assert jax.eval_shape(fn).dtype == jnp.float32
 
 
 def test_expand():

@@ -30,6 +30,9 @@ def test_top_k_is_exact_with_ties_and_nan(k):
     assert count(mask) == k
     assert bool(mask["b"][2]) == (k >= 1), "the largest comes first"
     assert bool(mask["b"][0]) == (k == 9), "NaN comes last"
+    with jax.enable_x64(True):
+        close = weights.top_k({"a": jnp.array([1.0, 1.0 + 1e-12])}, 1)["a"]
+    np.testing.assert_array_equal(close, [False, True])
 
 
 def test_random_masks_have_the_counts_of_their_ratios_and_are_uniform(key):
@@ -97,6 +100,38 @@ def test_paths_meet_their_ends_and_have_their_slopes():
     np.testing.assert_allclose(middle["b"]["c"], 0.75 * TREE["b"]["c"] + 0.25 * end["b"]["c"])
 
 
+def test_leaves_keep_their_kinds(key):
+    """Half precision stays so, computed in float32; counters and keys are the first tree's."""
+    low = jnp.bfloat16
+    trees = [
+        {
+            "w": jnp.full(4, 1 + i / 100, low),
+            "n": jnp.int32(7 + i),
+            "k": jax.random.key(i),
+            "-": None,
+        }
+        for i in range(100)
+    ]
+    first, last, t = trees[0], trees[-1], jnp.float32(0.5)
+    mean = weights.average(trees)
+    exact = np.mean([np.float64(tree["w"]) for tree in trees], axis=0)
+    np.testing.assert_array_equal(mean["w"], jnp.asarray(exact, low))
+    for tree in (
+        mean,
+        weights.linear(first, last, t),
+        weights.bezier(first, last, last, t),
+        weights.scale_to_layers(first, last, t),
+        weights.project_to_layers(first, last, t),
+        weights.sample_sphere(key, first, t),
+    ):
+        assert tree["w"].dtype == low
+        assert tree["n"] == 7
+        assert tree["n"].dtype == jnp.int32
+        assert tree["k"] == jax.random.key(0)
+    moved = weights.sample_sphere(key, {**first, "w": jnp.zeros(4)}, 2.0)["w"]
+    np.testing.assert_allclose(jnp.linalg.norm(moved), 2.0, rtol=1e-6)
+
+
 def test_average_is_the_weighted_mean():
     other = jax.tree.map(lambda leaf: -leaf, TREE)
     for leaf, expected in zip(
@@ -112,6 +147,10 @@ def test_layerwise_balls():
     for s, d, p in zip(*map(jax.tree.leaves, (step, direction, TREE))):
         np.testing.assert_allclose(jnp.linalg.norm(s), 0.01 * jnp.linalg.norm(p), rtol=1e-5)
         np.testing.assert_allclose(s / jnp.linalg.norm(s), d / jnp.linalg.norm(d), rtol=1e-5)
+    for scale in (1e-25, 1e25):  # whose squares are zero and infinite
+        again = weights.scale_to_layers(optax.tree.scale(scale, direction), TREE, 0.01)
+        for a, s in zip(jax.tree.leaves(again), jax.tree.leaves(step)):
+            np.testing.assert_allclose(a, s, rtol=1e-5)
     nothing = weights.scale_to_layers(jax.tree.map(jnp.zeros_like, TREE), TREE, 0.01)
     assert all(not leaf.any() for leaf in jax.tree.leaves(nothing))
     far = optax.tree.add(TREE, optax.tree.scale(50.0, step))

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrobust import keys as _keys
 from jrobust import losses
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks._base import GradientAttack, Record, State
 from jrobust.attacks._minimal import finite
-from jrobust.threat import Threat
+from jrobust.threat import Threat, expand
 
 Array = jax.Array
 
@@ -33,8 +34,8 @@ class PGD(GradientAttack):
         step_size: length of a move in the threat model's norm and the units of x; scalar or (B,).
             In L0, which has no lengths, the sum of absolute changes.
         rel_step_size: the same in multiples of ``eps``, so that it follows a sweep over eps. When
-            neither is given, ``2.5 / steps`` (Madry et al.). In L0, in multiples of twice the sum
-            of the widths of the box, and one: see ``threat.step_size``.
+            neither is given, ``2.5 / steps`` (Madry et al.). In L0, in multiples of 20 sums of the
+            widths of the box, and one: see ``threat.step_size``.
         random_start: whether to start from ``threat.sample`` or from the input itself.
         gaussian_start: with a random start, the standard deviation of a Gaussian around the input
             to start from instead (TRADES, Zhang et al. 2019, algorithm 1: 0.001).
@@ -85,8 +86,15 @@ class PGD(GradientAttack):
             raise ValueError(f"{name} takes momentum or optimizer, not both")
         for field in ("step_size", "rel_step_size", "gaussian_start", "momentum"):
             value = getattr(self, field)
-            if value is not None and not bool(jnp.all(jnp.asarray(value) > 0)):
+            if value is None:
+                continue
+            if not bool(jnp.all(jnp.asarray(value) > 0)):
                 raise ValueError(f"{name}.{field} must be positive or None, got {value}")
+            if np.shape(value) not in ((), x.shape[:1]):
+                raise ValueError(
+                    f"{name}.{field} must be a number or have one for each of the {x.shape[0]} "
+                    f"examples, got shape {np.shape(value)}"
+                )
 
     def _start_point(self, record: Record) -> Array:
         x0, threat = record.x0, record.threat
@@ -96,7 +104,7 @@ class PGD(GradientAttack):
         if self.gaussian_start is None:
             return threat.sample(keys, x0)
         noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))(keys)
-        return threat.project(x0 + self.gaussian_start * noise, x0)
+        return threat.project(x0 + expand(self.gaussian_start, x0) * noise, x0)
 
     @property
     def _relative(self) -> Any:
@@ -109,6 +117,7 @@ class PGD(GradientAttack):
         size = threat.step_size(x0, self.steps, self._relative)
         if self.step_size is not None:
             size = 0.0 * size + self.step_size
+        size = jnp.asarray(size, x.dtype)
         if self.optimizer is None:
             return x, (size, None if self.momentum is None else jnp.zeros_like(x))
 
@@ -132,7 +141,8 @@ class PGD(GradientAttack):
         if carried is not None:
             slope = finite(gradient)
             scale = jnp.sum(jnp.abs(slope), tuple(range(1, slope.ndim)), keepdims=True)
-            gradient = carried = self.momentum * carried + slope / jnp.where(scale > 0, scale, 1.0)
+            decay = expand(self.momentum, slope)
+            gradient = carried = decay * carried + slope / jnp.where(scale > 0, scale, 1.0)
         return record.threat.ascend(state.x, record.x0, gradient, size), (size, carried)
 
 

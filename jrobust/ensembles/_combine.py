@@ -12,6 +12,12 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def _sound(values: Array, members: Array) -> Array:
+    """``values`` (M, B, C), NaN where the logits of the member are not all finite."""
+    finite = jnp.all(jnp.isfinite(members), axis=-1, keepdims=True)
+    return jnp.where(finite, values, jnp.nan)
+
+
 def _mean(values: Array, weights: Array) -> Array:
     # Multiplied elementwise, for a dot would round to TF32 on some devices.
     return jnp.sum(values * weights[:, None, None], axis=0) / jnp.sum(weights)
@@ -24,7 +30,7 @@ def mean_logits(members: Array, weights: Array) -> Array:
 
 def mean_probabilities(members: Array, weights: Array) -> Array:
     """Logarithm of the weighted mean of the members' softmax probabilities (Liu et al. 2017)."""
-    log_p = jax.nn.log_softmax(members)
+    log_p = _sound(jax.nn.log_softmax(members), members)
     total = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None, None])
     return total - jnp.log(jnp.sum(weights))
 
@@ -48,8 +54,7 @@ def vote(members: Array, weights: Array) -> Array:
     the voting ensemble as ``judge``, or use an attack that needs no gradient.
     """
     votes = jax.nn.one_hot(jnp.argmax(members, -1), members.shape[-1])
-    sound = jnp.all(jnp.isfinite(members), axis=-1, keepdims=True)
-    return _mean(jnp.where(sound, votes, jnp.nan), weights)
+    return _mean(_sound(votes, members), weights)
 
 
 @vote.defjvp

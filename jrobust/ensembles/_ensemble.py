@@ -58,7 +58,12 @@ class Ensemble:
         return self.weights.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        """Model ``index``; of stacked models the index may be traced, such as a random one."""
+        """Model ``index``; of stacked models the index may be traced, such as a random one.
+
+        Raises ``IndexError`` beyond the last model, which also ends a loop over them.
+        """
+        if isinstance(index, (int, np.integer)) and not -len(self) <= index < len(self):
+            raise IndexError(f"an ensemble of {len(self)} models has no model {index}")
         if type(self.models) is tuple:
             return self.models[index]
         return jax.tree.map(lambda leaf: leaf[index], self.models)

@@ -37,7 +37,8 @@ def top_k(scores: Tree, k: int) -> Tree:
     total = sum(np.size(leaf) for leaf in leaves)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= total:
         raise ValueError(f"k must be an int in 0 .. {total}, the number of scores, got {k!r}")
-    flat = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+    wide = jnp.result_type(jnp.float32, *leaves)
+    flat = jnp.concatenate([jnp.ravel(leaf).astype(wide) for leaf in leaves])
     mask = _keep(jnp.where(jnp.isnan(flat), -jnp.inf, flat), k)
     ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
     parts = jnp.split(mask, ends)

@@ -1,11 +1,14 @@
 """Points of parameter space: paths between models, averages, balls around them.
 
+Floating-point arrays are computed in float32 at least and keep their dtype. Leaves of other kinds
+(counters, PRNG keys) are no coordinates: the result has those of the first tree.
+
 Sums, products and norms of trees are in ``optax.tree``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +21,30 @@ Array = jax.Array
 Tree = Any
 
 
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def _wide(leaf: Any) -> Any:
+    """The dtype in which sums and norms of ``leaf`` are computed."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def _map(fn: Callable[..., Array], first: Tree, *rest: Tree) -> Tree:
+    """``fn`` of the floating-point leaves, in the dtype of ``first``; other leaves of ``first``."""
+
+    def mapped(leaf: Any, *others: Any) -> Any:
+        if not _is_float(leaf):
+            return leaf
+        value = fn(*(jnp.asarray(v, _wide(v)) for v in (leaf, *others)))
+        return value.astype(jnp.result_type(leaf))
+
+    return jax.tree.map(mapped, first, *rest)
+
+
 def linear(start: Tree, end: Tree, t: Array | float) -> Tree:
     """The point ``(1 - t) start + t end`` of the straight path; ``t`` in [0, 1] or beyond."""
-    return jax.tree.map(lambda a, b: (1 - t) * a + t * b, start, end)
+    return _map(lambda a, b: (1 - t) * a + t * b, start, end)
 
 
 def bezier(start: Tree, control: Tree, end: Tree, t: Array | float) -> Tree:
@@ -28,7 +52,7 @@ def bezier(start: Tree, control: Tree, end: Tree, t: Array | float) -> Tree:
 
     The mode connection of Garipov et al. (2018), eq. 2; ``t`` in [0, 1].
     """
-    return jax.tree.map(
+    return _map(
         lambda a, c, b: (1 - t) ** 2 * a + 2 * t * (1 - t) * c + t**2 * b, start, control, end
     )
 
@@ -51,9 +75,7 @@ def average(trees: Sequence[Tree], weights: Sequence[float] | None = None) -> Tr
             f"weights must be {len(trees)} numbers with a sum other than zero, got {shares}"
         )
     total = sum(shares)
-    return jax.tree.map(
-        lambda *leaves: sum(s / total * leaf for s, leaf in zip(shares, leaves)), *trees
-    )
+    return _map(lambda *leaves: sum(s / total * leaf for s, leaf in zip(shares, leaves)), *trees)
 
 
 def scale_to_layers(direction: Tree, params: Tree, gamma: Array | float) -> Tree:
@@ -64,11 +86,14 @@ def scale_to_layers(direction: Tree, params: Tree, gamma: Array | float) -> Tree
     """
 
     def scaled(d: Array, p: Array) -> Array:
+        # Over its largest entry, so that no square under- or overflows.
+        largest = jnp.max(jnp.abs(d), initial=0.0)
+        d = d / jnp.where(largest > 0, largest, 1.0)
         length = jnp.linalg.norm(d.ravel())
         size = gamma * jnp.linalg.norm(p.ravel())
         return jnp.where(length > 0, size / jnp.where(length > 0, length, 1.0), 0.0) * d
 
-    return jax.tree.map(scaled, direction, params)
+    return _map(scaled, direction, params)
 
 
 def project_to_layers(point: Tree, params: Tree, gamma: Array | float) -> Tree:
@@ -81,7 +106,7 @@ def project_to_layers(point: Tree, params: Tree, gamma: Array | float) -> Tree:
         shrink = jnp.where(length > radius, radius / jnp.where(length > 0, length, 1.0), 1.0)
         return center + shrink * move
 
-    return jax.tree.map(nearest, point, params)
+    return _map(nearest, point, params)
 
 
 def sample_sphere(key: Array, params: Tree, radius: Array | float) -> Tree:
@@ -89,9 +114,11 @@ def sample_sphere(key: Array, params: Tree, radius: Array | float) -> Tree:
     _keys.check(key)
     leaves, treedef = jax.tree.flatten(params)
     noise = [
-        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        jax.random.normal(jax.random.fold_in(key, i), jnp.shape(leaf), _wide(leaf))
+        if _is_float(leaf)
+        else jnp.zeros(())
         for i, leaf in enumerate(leaves)
     ]
     tree = jax.tree.unflatten(treedef, noise)
     size = radius / optax.tree.norm(tree)
-    return jax.tree.map(lambda p, n: p + size * n, params, tree)
+    return _map(lambda p, n: p + size * n, params, tree)
