@@ -521,9 +521,9 @@ _FIELDS: dict[str, Any] = {
     "load": {
         "limit": _NUMBER,
         "before": _NUMBER,
-        "rounds": list,
+        "rounds": [_NUMBER],
         "repeated": int,
-        "load_average": list,
+        "load_average": [_NUMBER],
         "loaded": bool,
     },
     "limit": {
@@ -536,7 +536,7 @@ _FIELDS: dict[str, Any] = {
         {
             "name": str,
             "batch": int,
-            "seconds_per_example": list,
+            "seconds_per_example": [_NUMBER],
             "examples_per_s": _MAYBE,
             "gflops_per_s": _MAYBE,
             "fraction_of_limit": _MAYBE,

@@ -25,10 +25,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jrobust import _run, drive
 from jrobust import keys as _keys
-from jrobust.attacks import Attack, AttackResult, GradientAttack, State
+from jrobust.attacks import FAB, Attack, AttackResult, GradientAttack, State
 from jrobust.attacks._compose import Sequence as _Sequence
 from jrobust.attacks._compose import Union, _Wrapper
-from jrobust.models import Randomized
+from jrobust.models import Drawn, Randomized
 
 __all__ = [
     "Equation",
@@ -55,8 +55,9 @@ class Evaluation(NamedTuple):
     Attributes:
         logits: (B, C) float32, at highest matmul precision.
         loss: (B,) what the attack ascends.
-        gradient: (B, ...) of the loss there, or the estimate of it that the attack uses; None where
-            no example moves on.
+        gradient: (B, ...) of the loss there, or the direction that the attack uses in its place:
+            an estimate, for FAB the normal of the nearest boundary. None where no example moves
+            on, and of attacks that take none.
     """
 
     logits: Array
@@ -99,8 +100,18 @@ class Step:
 
 
 def _evaluate(attack: GradientAttack, logits_fn: Any, state: State, gradient: bool) -> Evaluation:
-    loss, logits, slope, _, _ = attack._look(logits_fn, state, gradient=gradient, sure=True)
-    return Evaluation(logits, loss, slope)
+    looked: Any = attack._look(logits_fn, state, gradient=gradient, sure=True)
+    loss, logits, slope, _, _ = looked
+    if isinstance(attack, FAB) and gradient:  # whose slope is the boundary seen from any point
+        slope = slope(state.x)[1]
+    return Evaluation(logits, loss, slope if isinstance(slope, jax.Array) else None)
+
+
+def _move(attack: GradientAttack, logits_fn: Any, state: State, seen: Evaluation) -> Array:
+    slope: Any = seen.gradient
+    if isinstance(attack, FAB):
+        slope = attack._look(logits_fn, state, gradient=True, sure=True)[2]
+    return attack.move(state, seen.loss, slope)[0]
 
 
 _compiled = jax.jit(_evaluate, static_argnums=3)
@@ -273,7 +284,8 @@ class Trace(NamedTuple):
         loss: what the attack ascends, at the point evaluated.
         distance: of that point from the input, in the attack's norm.
         gradient: Euclidean norm of the gradient, or of the estimate of it, that the attack follows:
-            zero where the model hides it. NaN where no example moves on.
+            zero where the model hides it. NaN where no example moves on, and of attacks that
+            follow none.
         move: how far the attack then went, in its norm; 0 where it ended or started over.
         prediction: int, the class predicted at the point, -1 where a logit is not finite.
         success: bool, whether the attack has succeeded so far.
@@ -329,7 +341,7 @@ def trace(
         finite = jnp.all(jnp.isfinite(seen.logits), -1)
         prediction = np.where(finite & step.active, jnp.argmax(seen.logits, -1), -1)
         slope = jnp.full_like(seen.loss, jnp.nan)
-        if isinstance(seen.gradient, jax.Array):
+        if seen.gradient is not None:
             slope = jnp.linalg.norm(seen.gradient.reshape(slope.shape[0], -1), axis=-1)
         move = np.where(step.moved, threat.distance(new.x, old.x), np.float32(0))
         numbers = seen.loss, threat.distance(old.x, old.record.x0), slope, move
@@ -439,9 +451,11 @@ def _blame(step: Step, seen: Evaluation, where: str, i: int) -> Equation | None:
 
     programs: dict[str, Callable[..., Any]] = {
         "start": lambda attack, _, before, __: attack.start(before.record)[0],
-        "move": lambda attack, _, before, seen: attack.move(before, seen.loss, seen.gradient)[0],
+        "move": _move,
     }
-    for rows in (slice(i, i + 1), slice(None)):
+    # The draws of a `Drawn` model are those of the whole batch.
+    alone = () if isinstance(step._model, Drawn) else (slice(i, i + 1),)
+    for rows in (*alone, slice(None)):
         batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (step.before, seen))
         if equation := _origin(programs.get(where, evaluated), step.attack, step._model, *batch):
             return equation

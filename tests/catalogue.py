@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from jrobust import losses
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jrobust import (
+    ensembles,
+    keys,
+    losses,
+    models,
+    smoothing,
+    training,
+    weights,
+    zeroth_order,
+)
 from jrobust.attacks import (
     ALMA,
     APGD,
@@ -40,7 +55,9 @@ from jrobust.attacks import (
     RayS,
     SimBA,
     Square,
+    eot,
     multi_targeted,
+    quantized,
     restarts,
     sequence,
     union,
@@ -69,7 +86,7 @@ from jrobust.training import (
     Stability,
     Standard,
 )
-from jrobust.zeroth_order import CGE, RGE, Hybrid
+from jrobust.zeroth_order import CGE, RGE, SVRG, ActivationCGE, HiZOO, Hybrid, MeZO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +233,6 @@ PROTOCOL = {
     "State",
     "with_eps",
 }
-# And what needs a model that draws (tests/test_autoattack.py), or inputs on a grid
-# (tests/test_quantized.py).
-PROTOCOL |= {"EoT", "eot", "Quantized", "quantized"}
 # And what moves images (tests/test_spatial.py), or all examples by one perturbation
 # (tests/test_universal.py).
 PROTOCOL |= {"RotationTranslation", "Spatial", "SGDUAP", "UAP", "Universal", "UniversalResult"}
@@ -281,24 +295,320 @@ ESTIMATORS = [
     Part("Hybrid", "zeroth_order", lambda mu: Hybrid(CGE(mu), RGE(mu, 4), 4), (1e-2, 2e-2)),
 ]
 
-# Public names of those rooms that are no algorithms.
-OTHERS = {
+# ---------------------------------------------------------------- what else runs on the device
+
+# The reference networks, tiny, and the shapes of their inputs.
+NETWORKS = {
+    "MLP": (models.MLP((4,), 3), (5,)),
+    "LeNet": (models.LeNet(3), (28, 28, 1)),
+    "SmallCNN": (models.SmallCNN((4, 4), 3, 8, norm=True, dropout=0.3), (8, 8, 1)),
+    "ResNet": (models.ResNet(8, 3, (2, 4, 6)), (8, 8, 3)),
+    "ResNet18": (models.ResNet18(3, stages=(1, 1), width=4), (8, 8, 3)),
+    "ResNet50": (models.ResNet50(3, stages=(1, 1), width=2), (16, 16, 3)),
+    "PreActResNet18": (
+        models.PreActResNet18(3, stages=(1, 1), width=4, final_norm=True),
+        (8, 8, 3),
+    ),
+    "WideResNet": (models.WideResNet(10, 1, 3, dropout=0.3), (8, 8, 3)),
+    "MoEResNet18": (
+        models.MoEResNet18(3, 3, stages=(1, 1), width=4, router_depth=8),
+        (8, 8, 3),
+    ),
+    "ViT": (models.ViT(3, 8, 4, 6, 2, 2), (8, 8, 3)),
+    "DnCNN": (models.DnCNN(6, 4), (8, 8, 3)),
+    "Autoencoder": (models.Autoencoder(widths=(4, 4, 4, 6)), (32, 32, 3)),
+}
+
+Kernel = Callable[[jax.Array, jax.Array], Any]  # of a key and inputs (B, D) in [0, 1]
+_Y = np.arange(8) % 3
+_W = np.float32(np.random.default_rng(0).normal(size=(5, 3)))
+
+
+def _logits(x: jax.Array) -> jax.Array:
+    return x @ _W
+
+
+def _noisy(keys: jax.Array, x: jax.Array) -> jax.Array:
+    return _logits(x + 0.1 * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys))
+
+
+def _value(params: dict[str, jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.sin(3 * params["w"]))
+
+
+def _attack(attack: Attack) -> Kernel:
+    return lambda key, x: attack(key, _logits, x, jnp.asarray(_Y))
+
+
+def _variables(network: models.Network, key: jax.Array, x: jax.Array) -> Any:
+    """Zeros in the place of the variables, so that no initialiser is part of the program."""
+    shapes = jax.eval_shape(network.init, key, x)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def _network(module: Any, shape: tuple[int, ...]) -> Kernel:
+    """A training pass with its gradients."""
+
+    def program(key: jax.Array, x: jax.Array) -> Any:
+        network, x = models.network(module), jnp.resize(x, (2, *shape))
+        params, extra = _variables(network, key, x)
+
+        def loss(params: Any, x: jax.Array) -> Any:
+            logits, new = network.train_logits(params, extra, key, x)
+            return jnp.sum(logits**2), new
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    return program
+
+
+def _update(objective: Any, network: models.Network | None = None, **options: Any) -> Kernel:
+    def program(key: jax.Array, x: jax.Array) -> Any:
+        own = network or models.network(models.MLP((4,), 3))
+        init, update = training.step(objective, optax.sgd(0.1), **options)
+        return update(init(key, own, x), training.batch(x, _Y))
+
+    return program
+
+
+# A denoiser of rows of numbers.
+_DENOISER = models.Network(
+    init=lambda key, x: ({"w": jnp.ones(x.shape[1:])}, {}),
+    logits=lambda params, extra, x: x * params["w"][None],
+    train_logits=lambda params, extra, key, x: (x * params["w"][None], extra),
+    features=lambda params, extra, x: {},
+)
+
+
+_NOISE = Gaussian(0.1)
+
+
+def _counted(model: Any, noise: Any = _NOISE, shape: tuple[int, ...] = (5,)) -> Kernel:
+    return lambda key, x: smoothing.count_votes(key, model, jnp.resize(x, (2, *shape)), noise, 4)
+
+
+def _stacked(key: jax.Array, x: jax.Array) -> Any:
+    network = models.network(models.MLP((4,), 3))
+    params = ensembles.draw(network, jax.random.split(key, 2), x)
+    rules = (
+        ensembles.mean_logits,
+        ensembles.mean_probabilities,
+        ensembles.mean_log_probabilities,
+        ensembles.vote,
+    )
+    together = network.bind(*params)
+    out = [ensembles.ensemble(together, combine=rule)(x) for rule in rules]
+    return out, ensembles.stack(ensembles.unstack(params))
+
+
+def _transferred(key: jax.Array, x: jax.Array) -> Any:
+    return tuple(
+        ensembles.transfer(FGSM(Linf(0.1)), key, [_logits], [lambda x: -_logits(x)], x, _Y)
+    )
+
+
+def _in_ball(threat: Threat) -> Kernel:
+    def program(key: jax.Array, x: jax.Array) -> Any:
+        x0 = x[:, :, None]
+        moved = threat.sample(keys.examples(key, jnp.arange(len(x))), x0)
+        moved = threat.project(moved + threat.steepest(moved - 0.5), x0)
+        return moved, threat.distance(moved, x0)
+
+    return program
+
+
+def _zeroth(fn: Callable[[jax.Array, dict[str, jax.Array]], Any]) -> Kernel:
+    return lambda key, x: fn(key, {"w": x})
+
+
+def _svrg(key: jax.Array, params: dict[str, jax.Array]) -> Any:
+    svrg = SVRG(RGE(1e-2, 2))
+    return svrg(key, _value, params, svrg.anchor(key, _value, params))
+
+
+def _hizoo(key: jax.Array, params: dict[str, jax.Array]) -> Any:
+    hizoo = HiZOO(1e-2, 1e-3)
+    return hizoo(key, _value, params, hizoo.init(params))
+
+
+def _activation(key: jax.Array, x: jax.Array) -> Any:
+    return ActivationCGE(1e-2)(
+        key, lambda p: jax.nn.logsumexp(x @ p["w"], 1), {"w": jnp.asarray(_W)}
+    )
+
+
+def _mixed(key: jax.Array, x: jax.Array) -> Any:
+    sharp = lambda x: models.sharpened_logits(_logits(x))  # noqa: E731
+    return models.mixed(_logits, sharp, models.adaptive_weight(lambda x: x.sum(1), 0.6))(x)
+
+
+def _loss(loss: losses.Loss) -> Kernel:
+    y = jnp.asarray(_Y)
+
+    def program(key: jax.Array, x: jax.Array) -> Any:
+        if loss in (losses.kl, losses.squared_probability_distance):
+            return loss(x, x[::-1])
+        return loss(x, y, y + 1) if losses.is_targeted(loss) else loss(x, y)
+
+    return program
+
+
+LOSSES = (
+    "cross_entropy",
+    "margin",
+    "dlr",
+    "dlr_or_margin",
+    "dlr_targeted",
+    "dlr_or_margin_targeted",
+    "kl",
+    "squared_probability_distance",
+)
+
+
+def _slope(model: Callable[[jax.Array], jax.Array]) -> Kernel:
+    return lambda key, x: jax.grad(lambda x: model(x).sum())(x)
+
+
+# By room, the other public kernels as programs. Names in one tuple share theirs.
+KERNELS: dict[str, dict[tuple[str, ...], Kernel]] = {
+    "attacks": {
+        ("EoT", "eot"): lambda key, x: eot(PGD(Linf(0.1), steps=2), 2)(
+            key, models.randomized(_noisy, key, votes=2), x, jnp.asarray(_Y)
+        ),
+        ("Quantized", "quantized"): _attack(quantized(PGD(L2(0.1), steps=2), 16)),
+    },
     "training": {
-        "EMA", "SWA", "Averaging", "Batch", "DenoisedStability", "Denoising", "Objective",
-        "RedrawnMask", "Scheduled", "State",
-        "ZerothOrder", "adversarial_examples", "batch", "guarded", "step", "update_statistics",
-        "zeroth_order_step",
+        ("step", "guarded", "SWA"): _update(Standard(), average=training.SWA(2), accumulate=2),
+        ("EMA",): _update(Standard(), average=training.EMA()),
+        ("Scheduled", "adversarial_examples"): _update(
+            training.Scheduled(
+                Adversarial(_inner(0.02)),
+                {"attack.threat.eps": optax.linear_schedule(0.0, 0.1, 9)},
+            )
+        ),
+        ("ZerothOrder", "zeroth_order_step", "RedrawnMask"): _update(
+            training.ZerothOrder(
+                Standard(),
+                RGE(1e-2, 2),
+                training.RedrawnMask(
+                    {name: {"kernel": 0.5, "bias": 1.0} for name in ("dense1", "head")}
+                ),
+            )
+        ),
+        ("Denoising",): _update(training.Denoising(_NOISE), _DENOISER),
+        ("DenoisedStability",): _update(
+            training.DenoisedStability(_NOISE, _logits, RGE(1e-2, 2)), _DENOISER
+        ),
     },
     "smoothing": {
-        "ABSTAIN", "Certificate", "Denoised", "DiffusionDenoiser", "Half", "Noise", "Plan",
-        "Stages", "ceiling", "certify", "certify_dual", "certify_mixed", "certify_staged",
-        "checkerboard", "count_disagreements", "count_votes", "denoised", "diffusion_denoiser",
-        "halves", "lipschitz_radius", "plan", "predict", "samples_for", "stages",
+        ("Half", "halves"): _counted(
+            lambda x: x.mean((1, 2)),
+            smoothing.halves(_NOISE, smoothing.checkerboard(4, 4))[0],
+            (4, 4, 3),
+        ),
+        ("count_votes", "Denoised", "denoised"): _counted(smoothing.denoised(jnp.tanh, _logits)),
+        ("DiffusionDenoiser", "diffusion_denoiser"): _counted(
+            smoothing.denoised(
+                smoothing.diffusion_denoiser(lambda z, level: z / (1 + level[:, None]), 0.1),
+                _logits,
+            )
+        ),
+        ("count_disagreements",): lambda key, x: smoothing.count_disagreements(
+            key, _logits, lambda x: -_logits(x), x, _NOISE, 4
+        ),
     },
     "zeroth_order": {
-        "HTTP", "SVRG", "ActivationCGE", "Anchor", "BlackBox", "BudgetExceeded",
-        "DifferenceWarning", "Estimator", "HiZOO", "Ledger", "MeZO", "MeZOStep", "OneHot",
-        "Service", "Stein", "Subprocess", "difference", "differencer", "grasp", "grasp_ratios",
-        "one_point", "redraw", "sparse_grid", "stein", "surrogate", "value_and_grad",
+        ("difference", "differencer", "OneHot"): lambda key, x: zeroth_order.differencer(
+            lambda x: jnp.tanh(_logits(x)), x
+        )[1](zeroth_order.OneHot((0, 1), 1e-2)),
+        ("value_and_grad",): lambda key, x: zeroth_order.value_and_grad(_value, RGE(1e-2, 2))(
+            key, {"w": x}
+        ),
+        ("surrogate",): _zeroth(jax.grad(zeroth_order.surrogate(_value, RGE(1e-2, 2)), argnums=1)),
+        ("one_point",): _zeroth(
+            lambda key, p: zeroth_order.one_point(key, _value, p, 0.0, mu=1e-2)
+        ),
+        ("SVRG",): _zeroth(_svrg),
+        ("HiZOO",): _zeroth(_hizoo),
+        ("MeZO", "MeZOStep"): _zeroth(lambda key, p: MeZO(1e-3)(key, _value, p)),
+        ("grasp",): _zeroth(lambda key, p: zeroth_order.grasp(key, _value, p, RGE(1e-2, 2))),
+        ("redraw",): _zeroth(lambda key, p: zeroth_order.redraw(key, p, {"w": 0.5})),
+        ("Stein", "stein"): lambda key, x: zeroth_order.stein(lambda z: jnp.sum(z**2, 1), x, 0.5),
+        ("ActivationCGE",): _activation,
     },
+    "ensembles": {
+        (
+            "Ensemble",
+            "ensemble",
+            "draw",
+            "mean_log_probabilities",
+            "mean_logits",
+            "mean_probabilities",
+            "stack",
+            "unstack",
+            "vote",
+        ): _stacked,
+        ("Transfer", "transfer"): _transferred,
+    },
+    "weights": {
+        ("average",): _zeroth(lambda key, p: weights.average([p, p], [1.0, 2.0])),
+        ("linear",): _zeroth(lambda key, p: weights.linear(p, p, p["w"][0, 0])),
+        ("bezier",): _zeroth(lambda key, p: weights.bezier(p, p, p, p["w"][0, 0])),
+        ("scale_to_layers",): _zeroth(lambda key, p: weights.scale_to_layers(p, p, 0.1)),
+        ("project_to_layers",): _zeroth(lambda key, p: weights.project_to_layers(p, p, 0.1)),
+        ("sample_sphere",): _zeroth(lambda key, p: weights.sample_sphere(key, p, 0.1)),
+        ("top_k", "indices"): _zeroth(
+            lambda key, p: weights.indices(weights.top_k(p, 7), {"w": 7})
+        ),
+        ("random_by_layer",): _zeroth(lambda key, p: weights.random_by_layer(key, p, {"w": 0.5})),
+    },
+    "models": {
+        **{(name,): _network(*pair) for name, pair in NETWORKS.items()},
+        ("TensorTrainDense",): _network(models.TensorTrainDense((3, 1), (1, 5), 2), (5,)),
+        ("Randomized", "Drawn", "randomized"): lambda key, x: (
+            models.randomized(_noisy, key, votes=2)(x),
+            models.randomized(_noisy, key).at(keys.examples(key, jnp.arange(8)))(x),
+        ),
+        (
+            "MixedClassifier",
+            "AdaptiveWeight",
+            "mixed",
+            "mixed_logits",
+            "adaptive_weight",
+            "sharpened_logits",
+        ): _mixed,
+        ("BPDA", "bpda"): _slope(models.bpda(jnp.round)),
+        ("StraightThrough", "straight_through"): _slope(models.straight_through(jnp.round)),
+    },
+    "threat": {(kind.__name__,): _in_ball(kind(1.0)) for kind in (Linf, L2, L1, L0)},
+    "losses": {(name,): _loss(getattr(losses, name)) for name in LOSSES},
+}
+
+
+# Public names that are no programs of the device: protocols, results, and what runs on the host.
+# Families with files of their own are lowered there: tests/test_augment.py, test_corruptions.py,
+# test_spatial.py, test_universal.py, test_unrolled.py.
+OTHERS = {
+    "training": {
+        "Averaging", "Batch", "Objective", "State", "batch", "update_statistics",
+    },
+    "smoothing": {
+        "ABSTAIN", "Certificate", "Noise", "Plan", "Stages", "ceiling", "certify", "certify_dual",
+        "certify_mixed", "certify_staged", "checkerboard", "lipschitz_radius", "plan", "predict",
+        "samples_for", "stages",
+    },
+    "zeroth_order": {
+        "HTTP", "Anchor", "BlackBox", "BudgetExceeded", "DifferenceWarning", "Estimator",
+        "Ledger", "Service", "Subprocess", "grasp_ratios", "sparse_grid",
+    },
+    "ensembles": set(),
+    "weights": {"layer_ratios"},
+    "models": {
+        "MIXEDNUTS", "Bound", "Fourier", "HostModel", "Layer", "Network", "Summary", "bind",
+        "data_step", "from_deepmind", "from_host", "from_safetensors", "from_torch",
+        "from_torch_module", "network", "read_tensors", "robustbench", "smoothing_noise", "summary",
+        "tensor_train", "to_safetensors", "unroll",
+    },
+    "threat": {"Threat", "expand"},
+    "losses": {"ascent", "is_targeted"},
 }  # fmt: skip

@@ -280,6 +280,10 @@ def test_kept_results_have_the_schema(result):
         (lambda r: r["load"].update(loaded=0), "report.load.loaded"),
         (lambda r: r["ratios"][0].update(rounds=True), r"report.ratios\[0\].rounds"),
         (lambda r: r.update(checks={}), "report.checks must be a list"),
+        (
+            lambda r: r["rows"][0]["seconds_per_example"].append(None),
+            r"report.rows\[0\].seconds_per_example\[3\]",
+        ),
     ],
 )
 def test_a_spoiled_report_is_refused(spoil, complaint):

@@ -90,10 +90,36 @@ def test_is_a_documented_public_pytree(part):
     assert source or part.name == "Standard", f"{part.name} does not name its source"
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(program, id=f"{room}-{names[0]}")
+        for room, kernels in catalogue.KERNELS.items()
+        for names, program in kernels.items()
+    ],
+)
+def test_every_other_kernel_lowers_for_every_platform(program, key):
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(program), platforms=platforms)(key, X)
+    assert exported.platforms == platforms
+
+
+def public(room):
+    """The public names of a room, or of a module that is one."""
+    made = [
+        name
+        for name, value in vars(room).items()
+        if getattr(value, "__module__", "") == room.__name__ and callable(value)
+    ]
+    return set(getattr(room, "__all__", [name for name in made if not name.startswith("_")]))
+
+
 @pytest.mark.parametrize("room", sorted(catalogue.OTHERS))
 def test_the_table_is_complete(room):
-    listed = {part.name for part in ALL if part.room == room} | catalogue.OTHERS[room]
-    assert listed == set(getattr(jrobust, room).__all__)
+    listed = [part.name for part in ALL if part.room == room] + sorted(catalogue.OTHERS[room])
+    listed += [name for names in catalogue.KERNELS[room] for name in names]
+    assert set(listed) == public(getattr(jrobust, room))
+    assert len(set(listed)) == len(listed), "each once"
 
 
 def test_an_update_step_takes_every_objective(key):

@@ -274,6 +274,40 @@ def test_an_example_that_has_ended_cannot_be_at_fault():
     assert debug.first_non_finite(attack, KEY, confident, START[:3], y) is None
 
 
+def near(x):
+    """The features of the boundary add up to 4 / 3: example 2 has to pass 0.75."""
+    return gate(x) + jnp.float32([[0, 4]])
+
+
+def test_attacks_without_a_gradient_of_the_loss():
+    fab = attacks.FAB(L2(1.0), steps=3, refine=0)
+    _, t = debug.trace(fab, KEY, near, START[:2], ONES[:2])
+    moved = t.active & (t.move > 0)
+    np.testing.assert_allclose(t.gradient[moved], 6 * np.sqrt(2), rtol=1e-4)  # of the boundary
+    assert moved[0].all()
+    found = debug.first_non_finite(fab, KEY, near, START, ONES)
+    assert found[:4] == (1, 2, "logits", "FAB")
+    assert_from(found.equation, "sqrt", gate, "jnp.sqrt")
+    square = attacks.Square(Linf(0.1), queries=9)
+    found = debug.first_non_finite(square, KEY, near, START, ONES)
+    walk = [step.before.x[2, 0] for step in debug.steps(square, KEY, near, START, ONES)]
+    assert found[:4] == (np.argmax(np.array(walk) > 0.75), 2, "logits", "Square")
+    assert max(walk) > 0.75
+    _, t = debug.trace(square, KEY, near, START[:2], ONES[:2])
+    assert np.isnan(t.gradient).all()
+    assert np.isfinite(t.loss[t.active]).all()
+
+
+def test_the_draws_of_a_fixed_draw_stay_those_of_their_rows():
+    def shaken(keys, x):
+        return near(x + 0.01 * jax.vmap(lambda key: jax.random.bernoulli(key))(keys)[:, None])
+
+    model = models.randomized(shaken, KEY).at(jrobust.keys.examples(KEY, jnp.arange(4)))
+    found = debug.first_non_finite(UP, KEY, model, START, ONES)
+    assert found[:3] in ((1, 2, "logits"), (2, 2, "logits"))
+    assert_from(found.equation, "sqrt", gate, "jnp.sqrt")
+
+
 def plunging(logits, y):
     return -jnp.log(1.27 - logits[:, 0] / 3)
 

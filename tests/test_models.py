@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 
 from jrobust import models
 from jrobust.data import digits
@@ -136,6 +137,20 @@ def test_running_averages_are_those_of_the_batch():
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
 
 
+def test_frozen_variables():
+    """As older checkpoints have them."""
+    network = models.network(FieldSwitch())
+    params, extra = network.init(KEY, X)
+    frozen = freeze(params), freeze(extra)
+    logits, new = network.train_logits(*frozen, KEY, X)
+    assert jax.tree.structure(new) == jax.tree.structure(frozen[1])
+    expected, plain = network.train_logits(params, extra, KEY, X)
+    np.testing.assert_array_equal(logits, expected)
+    jax.tree.map(np.testing.assert_array_equal, new.unfreeze(), plain)
+    bound = models.bind(FieldSwitch(), freeze({"params": params, **extra}))
+    np.testing.assert_array_equal(bound(X), network.logits(params, extra, X))
+
+
 def test_module_without_a_switch_or_other_collections():
     network = models.network(models.MLP((5,), 3))
     params, extra = network.init(KEY, X)
@@ -155,6 +170,21 @@ def test_dropout_that_cannot_be_switched_off_is_not_hidden():
     variables = Always().init({"params": KEY, "dropout": KEY}, x)
     with pytest.raises(Exception, match="dropout"):
         models.bind(Always(), variables)(x)
+
+
+def test_streams_of_other_names_draw_from_the_key():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            noise = jax.random.normal(self.make_rng("noise"), x.shape) if train else 0.0
+            return nn.Dropout(0.5, deterministic=not train)(x) + noise
+
+    network = models.network(Noisy())
+    x = jnp.zeros((6, 64))
+    noise = [network.train_logits({}, {}, jax.random.key(i), x)[0] for i in (0, 0, 1)]
+    np.testing.assert_array_equal(noise[0], noise[1])
+    assert abs(jnp.corrcoef(noise[0].ravel(), noise[2].ravel())[0, 1]) < 0.2
+    np.testing.assert_array_equal(network.logits({}, {}, x), x)
 
 
 def test_growing_collections_are_refused():
@@ -454,6 +484,9 @@ def test_summary_of_a_bound_model():
     )
     with pytest.raises(TypeError, match=r"a Network or a bound model, got Twice"):
         models.summary(Twice(), x)
+    pair = models.Network(None, lambda p, e, x: (x, x), None, None).bind({}, ())
+    with pytest.raises(TypeError, match=r"one array of logits, got \(\(6, 64\), \(6, 64\)\)"):
+        models.summary(pair, x)
 
 
 # networks

@@ -7,6 +7,7 @@ import pathlib
 import re
 import runpy
 
+import catalogue
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,23 +103,7 @@ def test_sizes_by_definition(module, shape, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
-SMALL = {
-    "LeNet": (models.LeNet(3), (28, 28, 1)),
-    "ResNet18": (models.ResNet18(3, stages=(1, 1), width=4), (8, 8, 3)),
-    "ResNet50": (models.ResNet50(3, stages=(1, 1), width=2), (16, 16, 3)),
-    "PreActResNet18": (
-        models.PreActResNet18(3, stages=(1, 1), width=4, final_norm=True),
-        (8, 8, 3),
-    ),
-    "WideResNet": (models.WideResNet(10, 1, 3, dropout=0.3), (8, 8, 3)),
-    "MoEResNet18": (
-        models.MoEResNet18(3, 3, stages=(1, 1), width=4, router_depth=8),
-        (8, 8, 3),
-    ),
-    "ViT": (models.ViT(3, 8, 4, 6, 2, 2), (8, 8, 3)),
-    "DnCNN": (models.DnCNN(6, 4), (8, 8, 3)),
-    "Autoencoder": (models.Autoencoder(widths=(4, 4, 4, 6)), (32, 32, 3)),
-}
+SMALL = catalogue.NETWORKS
 
 
 def equations(jaxpr):

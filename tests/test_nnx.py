@@ -359,6 +359,53 @@ def test_all_kinds_of_variables():
     assert 0 < jnp.abs(low(X) - logits).max() < 0.1
 
 
+def test_a_type_of_ones_own_is_read_once():
+    """Its `get_value` belongs to the module's pass; its name may have been another's before."""
+
+    def made():
+        class Positive(nnx.Param):
+            def get_value(self, **options):
+                return jax.nn.softplus(super().get_value(**options))
+
+        class Shift(nnx.Variable):
+            pass
+
+        class Own(nnx.Module):
+            def __init__(self):
+                self.w = Positive(jnp.ones((8, 3)))
+                self.shift = Shift(jnp.ones((1, 3)))
+
+            def __call__(self, x):
+                return x @ self.w + self.shift
+
+        return Own()
+
+    for module in (made(), made()):  # as in a cell of a notebook that is run again
+        bound = models.bind(module)
+        np.testing.assert_allclose(bound(X), module(X), rtol=1e-6)
+        np.testing.assert_array_equal(bound.params["w"], 1.0)
+        assert set(bound.extra) == {"Shift"}
+
+
+def test_a_switch_that_is_a_default_of_the_class():
+    class Default(nnx.Module):
+        training = True
+
+        def __init__(self, *, rngs):
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x, use_running_average=not self.training)
+
+    network = models.network(Default)
+    params, extra = network.init(KEY, X)
+    np.testing.assert_allclose(
+        network.logits(params, extra, X[:1]), network.logits(params, extra, X)[:1], rtol=1e-6
+    )
+    assert differ(network.train_logits(params, extra, KEY, X)[0], network.logits(params, extra, X))
+    assert Default.training
+
+
 def test_scanned_layers_with_random_streams():
     """Streams pass through a scan in evaluation too; only what reaches the logits counts."""
 
@@ -531,6 +578,9 @@ def test_summary():
     assert summary == models.summary(models.bind(module), X)
     assert summary.parameters == (8 * 8 + 8) * 2 + 16 + (8 * 3 + 3)
     assert (summary.extra, summary.logits) == (16, (6, 3))
+    bound = models.bind(module)
+    state = {"params": nnx.state(module, nnx.Param), **bound.extra}
+    assert summary == models.summary(models.bind(module, state), X)
     assert [layer.name for layer in summary.layers if layer.parameters] == [
         "layers/0",
         "norm",
@@ -596,6 +646,41 @@ def test_a_linen_view_of_an_nnx_module():
     assert bound.logits == models.bind(native).logits
     # In a call of the view itself batch-norm mixes the rows; what is bound does not.
     np.testing.assert_allclose(bound(X[:1]), bound(X)[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_boxes_around_variables_are_opened():
+    """Those of a bridge around types of one's own, and of nn.with_partitioning."""
+
+    class Seen(nnx.BatchStat):
+        pass
+
+    class Own(nnx.Module):
+        def __init__(self, *, rngs):
+            self.head = nnx.Linear(8, 3, rngs=rngs)
+            self.seen = Seen(jnp.ones((1, 3)), note="kept")
+
+        def __call__(self, x):
+            return self.head(x) + self.seen
+
+    module = nnx.bridge.ToLinen(Own)
+    variables = module.init(KEY, X)
+    assert jax.tree.structure(variables) != jax.tree.structure(nn.unbox(variables))
+    bound = models.bind(module, variables)
+    np.testing.assert_allclose(bound(X), module.apply(variables, X), rtol=1e-6)
+
+    class Split(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return nn.Dense(3, kernel_init=kernel_init, name="head")(x)
+
+    variables = Split().init(KEY, X)
+    network, bound = models.network(Split()), models.bind(Split(), variables)
+    np.testing.assert_allclose(bound(X), Split().apply(variables, X), rtol=1e-6)
+    assert jax.tree.map(jnp.shape, bound.params) == {"head": {"bias": (3,), "kernel": (8, 3)}}
+    assert jax.tree.structure(network.init(KEY, X)[0]) == jax.tree.structure(bound.params)
+    (layer,) = models.summary(network, X).layers
+    assert layer == ("head", (6, 3), {"bias": (3,), "kernel": (8, 3)}, 27)
 
 
 def test_a_linen_view_with_a_list_of_layers():

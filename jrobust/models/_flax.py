@@ -28,12 +28,13 @@ def network(module: Any) -> Network:
     that name, in nnx all ``nnx.Param``, subclasses included, by path. ``extra`` holds all others
     by collection (``"batch_stats"``); arrays that are no ``nnx.Variable`` are under ``"arrays"``.
     An ``nnx.State`` of the same paths will do for ``params``.
-    ``train_logits`` draws from the key it is given (in Linen as stream ``dropout``; in nnx every
-    stream has its own draws) and updates all of ``extra``; what else a pass changes is discarded,
-    the module given is never touched. ``features`` holds the output of each submodule under its
-    path (``"conv1"``, ``"stage1_block2/conv1"``, ``"layers/0"``) and each value sown into the
-    intermediates under its name; what is produced several times in one pass ends in ``/0``,
-    ``/1``, ...
+    ``train_logits`` draws from the key it is given (in Linen as stream ``dropout``, and as
+    ``params`` for all others; in nnx every stream has its own draws) and updates all of ``extra``;
+    what else a pass changes is discarded, the module given is never touched. ``features`` holds
+    the output of each submodule under its path (``"conv1"``, ``"stage1_block2/conv1"``,
+    ``"layers/0"``) and each value sown into the intermediates under its name; what is produced
+    several times in one pass ends in ``/0``, ``/1``, ... In nnx what runs inside of a
+    transformation (``nnx.jit``, ``nnx.scan``) has no names.
 
     Args:
       module: one of
@@ -75,6 +76,8 @@ def bind(module: Any, variables: Any = None, *, dtype: DTypeLike | None = None) 
     mapping, or ``dtype`` is not floating; ``ValueError`` where ``variables`` lacks ``"params"``.
     """
     model, own = _read(module)
+    from flax.core import meta
+
     name = type(module).__name__
     if variables is None and own is None:
         raise TypeError(
@@ -93,8 +96,8 @@ def bind(module: Any, variables: Any = None, *, dtype: DTypeLike | None = None) 
             f"variables of {name} have no collection 'params', only {sorted(variables)}; if these "
             "are the parameters themselves pass {'params': params}"
         )
-    extra = {k: v for k, v in variables.items() if k != "params"}
-    return model.bind(variables["params"], extra, dtype=dtype)
+    extra = meta.unbox(dict(variables))  # of nn.Partitioned and its kin
+    return model.bind(extra.pop("params"), extra, dtype=dtype)
 
 
 def _network(adapter: Any, start: Any = None) -> Network:

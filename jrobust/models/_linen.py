@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import linen
+from flax.core import unfreeze
 
 from jrobust.models._network import Tree, named, switches
 
@@ -47,7 +48,7 @@ class Linen:
     def init(self, key: Array, x: Array) -> tuple[Tree, Tree]:
         """See :class:`Network`."""
         module, flags = self._mode(train=False)
-        extra = dict(module.init(key, x, **flags))
+        extra = dict(linen.unbox(module.init(key, x, **flags)))
         return extra.pop("params", {}), extra
 
     def logits(self, params: Tree, extra: Tree, x: Array) -> Array:
@@ -58,18 +59,20 @@ class Linen:
     def train_logits(self, params: Tree, extra: Tree, key: Array, x: Array) -> tuple[Array, Tree]:
         """See :class:`Network`."""
         module, flags = self._mode(train=True)
+        # Streams of other names fall back to "params".
+        rngs = {"dropout": key, "params": jax.random.fold_in(key, 0)}
         logits, changed = module.apply(
-            {"params": params, **extra}, x, **flags, mutable=list(extra), rngs={"dropout": key}
+            {"params": params, **extra}, x, **flags, mutable=list(extra), rngs=rngs
         )
-        changed = dict(changed)
-        before: Any = jax.tree.structure(dict(extra))
-        if before != jax.tree.structure(changed):
+        before: Any = jax.tree.structure(unfreeze(extra))
+        if before != jax.tree.structure(unfreeze(changed)):
             raise ValueError(
                 f"a training pass of {type(module).__name__} changed the structure of its "
                 f"collections {sorted(extra)}, which would compile anew at every step; sow only "
                 "into 'intermediates', or drop the sown collection from extra"
             )
-        return logits, changed
+        # Frozen as it came, or a loop would not take it back.
+        return logits, jax.tree.unflatten(jax.tree.structure(extra), jax.tree.leaves(changed))
 
     def features(self, params: Tree, extra: Tree, x: Array) -> dict[str, Array]:
         """See :class:`Network`."""

@@ -248,7 +248,8 @@ def _mode(module: Any, train: bool) -> _Mode:
     )
     for _, part in nnx.iter_modules(module):
         for name in flags:
-            if isinstance(vars(part).get(name, ...), (bool, type(None))):
+            # Of the instance or, as a default, of its class; not a method or property.
+            if isinstance(inspect.getattr_static(part, name, ...), (bool, type(None))):
                 setattr(part, name, flags[name])
     nnx.pop(module, nnx.Intermediate)  # left by an earlier pass
     graph, state = nnx.split(module)
@@ -298,12 +299,16 @@ def _collection(value: Any) -> str:
     if isinstance(value, nnx.RngCount):
         return _COUNT
     if isinstance(value, nnx.Variable):
-        return nnx.variable_name_from_type(type(value), allow_register=True)
+        try:
+            return nnx.variable_name_from_type(type(value))
+        except ValueError:  # a type of the user's own; the registry refuses a second of its name
+            return type(value).__name__
     return "arrays"
 
 
 def _value(path: Path, value: Any) -> Any:
-    array = value.get_value() if isinstance(value, nnx.Variable) else value
+    # Raw: a type's own `get_value`, such as a softplus, comes when the module reads it.
+    array = value.get_raw_value() if isinstance(value, nnx.Variable) else value
     if isinstance(array, (np.ndarray, np.generic, int, float)):
         return jnp.array(array)  # copied: what is bound must not change with the module
     if not isinstance(array, jax.Array):

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jrobust.models._network import Bound, Method, Network
 
@@ -69,7 +70,7 @@ def summary(model: Network | Bound, x: Any) -> Summary:
       model: a :class:`Network`, or a :class:`Bound` model, such as :func:`bind` returns.
       x: a batch (B, ...), of which only shape and dtype matter; a ``jax.ShapeDtypeStruct`` will do.
 
-    Raises ``TypeError`` for other models.
+    Raises ``TypeError`` for other models, and one that returns more than one array.
     """
     if isinstance(model, Network):
         params, extra = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -94,8 +95,14 @@ def summary(model: Network | Bound, x: Any) -> Summary:
         return logits(params, extra, x)
 
     out = jax.eval_shape(trace, params, extra, x)
+    if not hasattr(out, "shape"):
+        raise TypeError(
+            f"the model must return one array of logits, got {jax.tree.map(jnp.shape, out)}"
+        )
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1:] == (jax.tree_util.GetAttrKey("value"),):  # the Variable in an nnx.State
+            path = path[:-1]
         layer, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
         shapes.setdefault(layer, {})[name] = leaf.shape
     for layer in list(shapes):  # of a layer that ran several times, the first holds the parameters
