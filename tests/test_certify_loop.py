@@ -531,7 +531,7 @@ def test_files_of_other_runs_are_refused(plain, tmp_path):
     for text, message in (
         (settings.read_text()[:50], "configuration.json is damaged"),
         ("[1]", "configuration.json is damaged"),
-        (None, "holds votes but no configuration.json"),
+        (None, "holds results but no configuration.json"),
     ):
         settings.unlink() if text is None else settings.write_text(text)
         before = files(directory)

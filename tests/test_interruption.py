@@ -1,5 +1,6 @@
 """Runs that are killed, resumed, started over, or spread over processes end as if nothing was."""
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import runs
 
 import jrobust
 from jrobust import attacks, data, loops, models, parallel, smoothing, training
+from jrobust.loops import _programs
 from jrobust.threat import Linf
 
 SCRIPT = str(pathlib.Path(runs.__file__))
@@ -71,7 +73,7 @@ def killed(name, directory, times, seed):
     (output,) = finish(start(name, broken, "--kill", times, "--seed", seed))
     assert_same(outcome(base), outcome(broken))
     assert logs(base) == logs(broken)
-    assert len(logs(base)) == (1 if name == "fit" else 2)
+    assert len(logs(base)) == (2 if name == "evaluate" else 1)
     return int(output.split(" different states")[0].split()[-1])
 
 
@@ -131,6 +133,9 @@ def test_only_what_is_missing_is_computed(name, tmp_path):
     *_, last = events(name, tmp_path)
     files = sorted(tmp_path.glob("batches/*"))
     lost = files[3].read_bytes()
+    files[3].write_bytes(lost[:100])
+    with pytest.raises(ValueError, match=rf"{files[3].name} is damaged .*delete"):
+        list(events(name, tmp_path))
     files[3].unlink()
     *_, again = events(name, tmp_path)
     assert again.report.resumed == len(files) - 1
@@ -172,10 +177,69 @@ def test_another_run_in_the_directory_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"holds another run: .*{named}.*resume=False"):
             evaluation(tmp_path, **change)
+    (tmp_path / "configuration.json").rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match=r"results but no configuration\.json"):
+        evaluation(tmp_path, **base)
     started = evaluation(tmp_path, model=bound, resume=False)
     assert started.resumed == 0
     with pytest.raises(ValueError, match="variables_sha256"):
         evaluation(tmp_path, model=moved)
+
+
+def test_starting_over_leaves_nothing_of_the_run_before(tmp_path):
+    evaluation(tmp_path)
+    finished = {path.name for path in tmp_path.iterdir()}
+    assert {"adversarial.npz", "examples.csv", "metrics.jsonl", "report.json"} <= finished
+    args = jax.random.key(2), runs.model(), runs.problem(), attacks.FGSM(Linf(0.02))
+    with contextlib.closing(
+        loops.evaluate.iter(*args, directory=tmp_path, resume=False, mesh=ONE)
+    ) as begun:
+        next(begun)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".lock", "batches", "configuration.json", "examples.csv"}
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_directory_holds_one_process_at_a_time(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"another process is running in {tmp_path}"):
+            evaluation(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert evaluation(tmp_path).resumed == 0
+    assert evaluation(tmp_path).resumed > 0
+
+
+def test_a_directory_is_where_it_was_when_the_run_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    args = jax.random.key(1), runs.model(), runs.problem()
+    run = loops.evaluate.iter(*args, attacks.FGSM(Linf(0.02)), directory="run", mesh=ONE)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert list(run)[-1].report.resumed == 0
+    assert (tmp_path / "run" / "report.json").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    made = loops.certify(
+        *args, smoothing.Gaussian(0.1), n=200, directory="~/run", progress=False, mesh=ONE
+    )
+    assert (tmp_path / "home" / "run" / "report.json").exists()
+    found = loops.recertify("~/run")
+    np.testing.assert_array_equal(found.certificate.radius, made.certificate.radius)
 
 
 def own_attack(size):
@@ -236,6 +300,7 @@ def test_training_goes_on_for_more_epochs_but_not_with_another_optimiser(tmp_pat
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="5 epochs, more than the 2"):
         training_run(tmp_path, epochs=2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
 
 
 def test_a_run_goes_on_with_other_devices(tmp_path):
@@ -461,3 +526,15 @@ def test_compilations_are_kept_by_default(how, tmp_path):
     else:
         assert where == (str(tmp_path / "own") if how == "own" else "None")
         assert not kept
+
+
+def test_without_a_home_compilations_are_not_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        _programs.keep_compilations.__wrapped__()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

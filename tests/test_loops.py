@@ -1,9 +1,11 @@
 """The pipelines on models whose right answers are known: every example once, nothing else."""
 
 import csv
+import gc
 import json
 import re
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ import jrobust
 from jrobust import loops, losses, models, parallel, smoothing, training
 from jrobust._algorithm import algorithm, static
 from jrobust.attacks import FGSM, PGD, restarts, sequence, union
+from jrobust.checkpoint import Checkpoints
 from jrobust.data import Dataset
 from jrobust.drive import Host
+from jrobust.loops import _programs
 from jrobust.models import Bound, Network
 from jrobust.threat import L2, Linf
 from jrobust.zeroth_order import CGE
@@ -703,6 +707,103 @@ def test_optimiser_states_survive_donation(tx):
     assert report.history[-1]["loss"] < report.history[0]["loss"]
 
 
+@algorithm
+class Meant:
+    """A mean over the rows that count, which is no number where none does."""
+
+    def __call__(self, key, network, params, extra, batch):
+        logits, extra = network.train_logits(params, extra, key, batch.x)
+        each = losses.cross_entropy(logits, batch.y)
+        first = jnp.mean(batch.x[:, 0], where=batch.mask)
+        return jnp.mean(each, where=batch.mask), (extra, {"first": first})
+
+
+@pytest.mark.parametrize(("batch_size", "devices", "lanes"), [(6, 1, 6), (128, 1, 9), (99, 4, 12)])
+def test_any_number_of_examples_can_be_accumulated(batch_size, devices, lanes):
+    mesh = parallel.mesh(jax.devices()[:devices])
+    found = fit(Meant(), batch_size=batch_size, accumulate=3, mesh=mesh)
+    assert found.configuration["batch_size"] == lanes
+    whole = fit(Meant(), batch_size=batch_size)
+    for one, two in zip(found.history, whole.history):
+        for name in one:
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
+
+
+def spread_init(key, x):
+    return fixed_init(key, x)[0], {"spread": jnp.zeros(D)}
+
+
+def spread_train(params, extra, key, x):
+    return linear(params, extra, x), {"spread": 0.9 * extra["spread"] + 0.1 * jnp.var(x, 0)}
+
+
+def test_statistics_of_averaged_weights_are_those_of_shuffled_data():
+    n = 64
+    y = np.arange(n) * 2 // n  # sorted: most batches in this order hold one class
+    x = np.tile(np.float32(y)[:, None], (1, D))
+    network = Network(spread_init, linear, spread_train, nothing)
+    settings = {"batch_size": 8, "epochs": 1, "average": training.SWA(start=1)}
+    train = Dataset(x, y)
+
+    def undefined(key, logits_fn, x, y, ids):
+        return jnp.full(y.shape, jnp.nan)
+
+    _, extra = fit(train=train, network=network, **settings).last
+    np.testing.assert_allclose(extra["spread"], 0.25 * 7 / 8, rtol=0.1)
+    held = Dataset(x, y, n + np.arange(n))
+    with pytest.raises(loops.Diverged) as caught:
+        fit(train=train, network=network, validation=held, validate=undefined, **settings)
+    np.testing.assert_array_equal(caught.value.report.last[1]["spread"], extra["spread"])
+    settings["epochs"] = 2
+    seconds = loops.fit.warm_up(
+        *(KEY, network, training.Standard(), optax.sgd(0.1), train), mesh=ONE, **settings
+    )
+    assert set(seconds) == {"update", "statistics"}
+
+
+def test_a_mean_of_half_precision_values_is_exact():
+    # Added up in their own precision, ones would stop at 256.
+    n = 600
+    held = Dataset(np.zeros((n, D), np.float32), np.zeros(n, int), 1000 + np.arange(n))
+
+    def ones(key, logits_fn, x, y, ids):
+        return jnp.ones(y.shape, jnp.bfloat16)
+
+    report = fit(validation=held, validate=ones, batch_size=n, epochs=1)
+    assert report.history[0]["validation"] == 1
+
+
+def test_initialisation_is_compiled_into_the_cache(monkeypatch):
+    seen = []
+    monkeypatch.setattr(_programs, "keep_compilations", lambda: seen.append("kept"))
+
+    def init(key, x):
+        seen.append("traced")
+        return fixed_init(key, x)
+
+    fit(network=Network(init, linear, fixed_train, nothing), epochs=1)
+    assert seen.index("kept") < len(seen) - 1 - seen[::-1].index("traced")
+
+
+def test_what_stays_compiled_holds_no_data():
+    train = problem(7, seed=1, wrong=0)
+    held = weakref.ref(train)
+    fit(train=train, validation=VALIDATION, epochs=1)
+    del train
+    gc.collect()
+    assert held() is None
+
+
+def test_slow_updates_are_saved_one_by_one(tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(loops._fit, "_PATIENCE", -1.0)
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *rest: (saved.append(step), save(self, step, *rest))
+    )
+    fit(epochs=1, directory=tmp_path)
+    assert saved == [1, 2, 3]
+
+
 def test_one_example_is_a_data_set():
     report = fit(train=TRAIN[:1], validation=VALIDATION[:1], epochs=1)
     assert report.best_epoch == 1
@@ -933,7 +1034,18 @@ MISTAKES = {
     "an attack class": (lambda: evaluate(PGD), "attacks must be"),
     "a list of classes": (lambda: evaluate([PGD]), "attacks must be"),
     "no attacks": (lambda: evaluate([]), "attacks must be"),
-    "an attack named clean": (lambda: evaluate({"clean": FGSM(box(0.1))}), "other than 'clean'"),
+    **{
+        f"an attack named {name}": (
+            lambda name=name: evaluate({name: FGSM(box(0.1))}),
+            "names other than clean, draws, search_fn, checks",
+        )
+        for name in ("clean", "checks")
+    },
+    "memory in words": (
+        lambda: evaluate(FGSM(box(0.1)), memory="1GB"),
+        "a positive number of bytes",
+    ),
+    "no memory": (lambda: certify(memory=0), "memory must be a positive number of bytes, got 0"),
     "outside of the box": (lambda: evaluate(FGSM(Linf(0.1))), "must lie in the box"),
     "eps larger than the box": (lambda: evaluate(FGSM(box(25.0))), "larger than the whole box"),
     "eps for each example": (

@@ -833,6 +833,24 @@ def test_guard_watches(what):
         assert (bool(alive), int(state.step)) == (t < steps, min(t + 1, steps))
 
 
+def test_the_norm_of_a_gradient_in_half_precision_does_not_overflow():
+    def start_half(key, x):
+        return {"w": jnp.zeros((D, C), jnp.float16)}, {}
+
+    def train(params, extra, key, x):
+        return x @ params["w"].astype(jnp.float32), extra
+
+    batch = full_batch()
+    batch = batch._replace(x=1e4 * batch.x)
+    init, update = training.step(Standard(), optax.sgd(1.0))
+    state = init(KEY, Network(start_half, plain_logits, train, nothing), batch.x)
+    (after, alive), metrics = jax.jit(training.guarded(update))(state, jnp.array(True), batch)
+    exact = np.linalg.norm(np.asarray(after.params["w"], np.float64))
+    assert bool(alive)
+    assert exact > 1e3
+    np.testing.assert_allclose(metrics["gradient_norm"], exact, rtol=1e-2)
+
+
 # Mistakes
 
 

@@ -19,7 +19,7 @@ from jrobust._algorithm import describe
 from jrobust._inspect import inspect as read_program
 from jrobust.data import Dataset
 from jrobust.loops import _identity, _votes_log
-from jrobust.loops._folder import Arrays, Folder
+from jrobust.loops._folder import Arrays, Folder, located, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
     check_count,
@@ -280,7 +280,7 @@ class _Certification:
             raise ValueError("a Host model is asked from one process: each of several would ask it")
         # Only compiled votes are split: those of a black box and the compiled ones beside them
         # then have one shape.
-        self._mesh = parallel.mesh() if mesh is None else mesh
+        self._mesh = parallel.automatic(mesh)
         if self._asked:
             self._mesh = parallel.mesh(jax.devices()[:1])
         example = jnp.asarray(data.x[:1])
@@ -303,10 +303,10 @@ class _Certification:
         if len(self._voters) < len(noises):
             self._voters *= len(noises)
         self._lanes = lane_count(batch_size, len(data), self._mesh)
-        self._directory, self._resume = directory, resume
+        self._directory, self._resume = located(directory), resume
         if chunk is None and directory is not None and resume:
             # The shape of an interrupted run's forward passes is part of what it is.
-            chunk = _votes_log.configuration(directory).get("chunk")
+            chunk = stored_configuration(self._directory).get("chunk")
         most = default_chunk(self._lanes // self._mesh.size, data.x.shape[1:])
         even = -(-self._block // -(-self._block // most))  # as many passes, but equally full ones
         self._clock, self._speeds = Clock(), dict[str, float]()
@@ -601,7 +601,7 @@ def certify(
             (:func:`jrobust.inspect`); False where that analysis cannot see that they do not.
         batch_size: images in a batch; ``chunk`` noisy copies of each are classified at a time.
         chunk: as in :func:`jrobust.smoothing.count_votes`, at most a block; by default what that
-            takes, or fewer, as many as ``memory`` holds.
+            takes, or fewer, so that ``memory`` holds them.
         memory: bytes to use on each device where ``chunk`` is None; by default 90% of what is free
             there, on a CPU half.
         directory: where to write ``batches`` (the log), ``examples.csv`` (rows as they finish),
@@ -614,7 +614,8 @@ def certify(
 
     Raises:
         TypeError, ValueError: before any compute, for settings, models and data that cannot be
-            right; if another run or a damaged one is in the directory.
+            right; if another run or a damaged one is in the directory, or another process at work
+            there.
     """
     run = _Certification(
         key,

@@ -23,7 +23,7 @@ from jrobust.attacks import Sequence as InOrder
 from jrobust.attacks._base import forward
 from jrobust.data import Dataset
 from jrobust.loops import _identity, _queue, _reliability
-from jrobust.loops._folder import Arrays, Folder, stored_configuration
+from jrobust.loops._folder import Arrays, Folder, located, stored_configuration
 from jrobust.loops._lanes import (
     Bar,
     check_data,
@@ -201,6 +201,9 @@ def _redraw(key: jax.Array, model: Randomized, x: Any, y: Any, ids: Any) -> jax.
     return jnp.sum(jax.lax.map(correct, jnp.arange(model.votes)), 0)
 
 
+# Names of the programs and events that are no attack's.
+_TAKEN = ("clean", "draws", "search_fn", "checks", "done")
+
 # Seconds between two copies of the lanes on disk.
 _SAVE = 10.0
 
@@ -217,8 +220,8 @@ def _named(attacks: Attack | Sequence[Attack] | Mapping[str, Attack]) -> dict[st
         named = {f"{i + 1} {type(attack).__name__}": attack for i, attack in enumerate(attacks)}
     if not named or not all(isinstance(attack, Attack) for attack in named.values()):
         raise TypeError(f"attacks must be an attack, a list or a dict of attacks, got {attacks!r}")
-    if not all(isinstance(name, str) for name in named) or "clean" in named:
-        raise ValueError(f"attacks need names other than 'clean', got {list(named)}")
+    if not all(isinstance(name, str) for name in named) or any(name in named for name in _TAKEN):
+        raise ValueError(f"attacks need names other than {', '.join(_TAKEN)}; got {list(named)}")
     return named
 
 
@@ -255,7 +258,7 @@ class _Evaluation:
         mesh: Mesh | None = None,
     ) -> None:
         self._named = _named(attacks)
-        self._mesh = parallel.mesh() if mesh is None else mesh
+        self._mesh = parallel.automatic(mesh)
         check_data(data)
         self._data, self._key = data, key
         self._host, self._clock = drive.is_host(logits_fn), Clock()
@@ -278,11 +281,11 @@ class _Evaluation:
         # Whose gradients are looked at: those of the first attack that has some.
         white = [n for n, attack in self._named.items() if _reliability.needs_gradients(attack)]
         self._checks, self._checked = checks, None if self._host or not white else white[0]
-        self._directory, self._resume = directory, resume
+        self._directory, self._resume = located(directory), resume
         planned = batch_size is not None or self._host
         if not planned and directory is not None and resume:
             # The lanes of an interrupted run are part of what it is.
-            batch_size = stored_configuration(directory).get("batch_size")
+            batch_size = stored_configuration(self._directory).get("batch_size")
             planned = batch_size is not None
         self._programs = Programs(
             self._jobs,
@@ -649,7 +652,7 @@ def evaluate(
             first attack on one batch.
         batch_size: lanes over all devices; results are bit-equal for equal lanes on a device,
             whatever the order of examples and the number of devices. When None, 128 on each device
-            of a CPU and 512 on an accelerator, or fewer, as many as ``memory`` holds.
+            of a CPU and 512 on an accelerator, or fewer, so that ``memory`` holds them.
         memory: bytes to use on each device where ``batch_size`` is None; by default 90% of what is
             free there, on a CPU half.
         directory: where to write ``metrics.jsonl``, ``examples.csv`` (rows as examples finish),
@@ -660,7 +663,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: before any compute, as :func:`jrobust.run` does; if another run is in
-            the directory.
+            the directory, or another process at work there.
     """
     events = evaluate.iter(
         key,
@@ -682,5 +685,5 @@ def evaluate(
                 bar.update(event.attack, event.finished, event.total, accuracy=share)
     assert event.report is not None
     for doubt in event.report.doubts:
-        warnings.warn(str(doubt), ReliabilityWarning, stacklevel=2)
+        warnings.warn(str(doubt), ReliabilityWarning, stacklevel=3)
     return event.report

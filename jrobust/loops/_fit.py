@@ -25,7 +25,7 @@ from jrobust.checkpoint import Checkpoints
 from jrobust.data import Dataset, Source
 from jrobust.data._stream import order as _order
 from jrobust.data._stream import reads
-from jrobust.loops._folder import Folder
+from jrobust.loops._folder import Folder, located
 from jrobust.loops._lanes import (
     Bar,
     check_count,
@@ -48,13 +48,14 @@ from jrobust.training import (
     step,
     update_statistics,
 )
+from jrobust.training._averaging import compile_statistics
 
 Array = jax.Array
 
 # Examples of a source that are checked before any compute.
 _SAMPLE = 128
 
-# Seconds between checkpoints, and after how many updates to look at the clock.
+# Seconds between checkpoints, and after how many updates several processes look at the clock.
 _PATIENCE, _LOOK = 30.0, 50
 
 # A metric over held-out examples: validate(key, logits_fn, x, y, ids) -> (B,) values to average.
@@ -251,13 +252,16 @@ class _Fit:
             check_count("save_every", save_every)
             if directory is None:
                 raise ValueError("save_every= writes checkpoints: pass directory= too")
-        self._mesh = parallel.mesh() if mesh is None else mesh
-        self._lanes = lane_count(batch_size, len(train), self._mesh)
+        self._mesh = parallel.automatic(mesh)
+        # Of fewer examples than a batch, fillers make whole parts.
+        unit = math.lcm(accumulate, self._mesh.size)
+        self._lanes = lane_count(batch_size, -(-len(train) // unit) * unit, self._mesh)
         self._key, self._network, self._epochs = key, network, epochs
         self._train, self._validation = train, validation
         self._validate: Validate = CleanAccuracy() if validate is None else validate
         self._average, self._save_every = average, save_every
-        self._directory, self._resume, self._clock = directory, resume, Clock()
+        self._directory, self._resume, self._clock = located(directory), resume, Clock()
+        self._programs = Programs(lambda _: self._jobs, self._lanes, self._mesh, self._clock)
         self._held = jax.random.fold_in(key, 2)
         self._configuration = {
             "objective": describe(objective),
@@ -285,10 +289,6 @@ class _Fit:
             return parallel.replicate(state, self._mesh)
 
     @functools.cached_property
-    def _programs(self) -> Programs:
-        return Programs(lambda _: self._jobs, self._lanes, self._mesh, self._clock)
-
-    @functools.cached_property
     def _jobs(self) -> dict[str, Job]:
         (example,) = self._batches([next(rows(np.arange(len(self._train)), self._lanes))])
         jobs = {
@@ -305,18 +305,33 @@ class _Fit:
             index = np.resize(np.arange(len(self._validation)), self._width)
             model = self._network.bind(*self._state.weights)
             args = (self._held, model, *map(jnp.asarray, self._validation.rows(index)))
-            out = jax.eval_shape(self._validate, *args)
+            validate = self._validate  # alone: what is compiled stays, and the data would with it
+            out = jax.eval_shape(validate, *args)
             if getattr(out, "shape", None) != (self._width,):
                 raise ValueError(
                     f"validate must return one value for each of {self._width} examples, got {out}"
                 )
-            jobs["validate"] = Job(
-                lambda *args: self._validate(*args), args, in_axes=(None, None, 0, 0, 0)
-            )
+            axes = (None, None, 0, 0, 0)
+            jobs["validate"] = Job(lambda *args: validate(*args), args, in_axes=axes)
         return jobs
 
     def warm_up(self) -> dict[str, float]:
-        return self._programs.seconds()
+        seconds = self._programs.seconds()
+        if isinstance(self._average, SWA):
+            begin = time.perf_counter()
+            x, _, _ = self._train.rows(self._whole_batches[0])
+            params, extra = parallel.local(self._state.weights)
+            compile_statistics(self._network, params, extra, self._held, jnp.asarray(x))
+            seconds["statistics"] = time.perf_counter() - begin
+        return seconds
+
+    @functools.cached_property
+    def _whole_batches(self) -> list[np.ndarray]:
+        """Rows of the training data, for batch-norm statistics."""
+        # Shuffled, for batches of a sorted data set vary less; in the order of no epoch.
+        everything = _order(self._key, 0, len(self._train))
+        pieces = rows(everything, self._lanes)
+        return [index for index, mask in pieces if mask.all()] or [everything]
 
     def _identity(self) -> dict[str, str]:
         train = self._train
@@ -362,7 +377,8 @@ class _Fit:
 
         def due(updates: int) -> bool:
             """Whether to save inside an epoch, once this many updates have been made."""
-            if checkpoints is None or updates % (self._save_every or _LOOK):
+            look = _LOOK if jax.process_count() > 1 else 1
+            if checkpoints is None or updates % (self._save_every or look):
                 return False
             return self._save_every is not None or late()
 
@@ -389,7 +405,7 @@ class _Fit:
                     f"training left the finite numbers: {what}. The last good state is in the "
                     "report of this error, and in the checkpoints of the directory if there is "
                     "one; lower the learning rate or clip gradients (optax.clip_by_global_norm)",
-                    report(run.state.weights),
+                    report(self._weights(run.state)),
                 )
 
         for epoch, means in enumerate(account.history, 1):
@@ -437,9 +453,7 @@ class _Fit:
         if not isinstance(self._average, SWA):
             return state.weights
         params, extra = parallel.local(state.weights)
-        pieces = rows(np.arange(len(self._train)), self._lanes)
-        full = [index for index, mask in pieces if mask.all()] or [np.arange(len(self._train))]
-        batches = (jnp.asarray(x) for x, _, _ in reads(self._train, full))
+        batches = (jnp.asarray(x) for x, _, _ in reads(self._train, self._whole_batches))
         extra = update_statistics(self._network, params, extra, self._held, batches)
         return parallel.replicate((params, extra), self._mesh)
 
@@ -456,7 +470,7 @@ class _Fit:
             parallel.fetch(program(self._held, model, *map(jnp.asarray, data.rows(index))))[mask]
             for index, mask in rows(np.arange(len(data)), self._width)
         ]
-        return float(np.mean(np.concatenate(hits)))
+        return float(np.mean(np.concatenate(hits), dtype=np.float64))
 
 
 @dataclasses.dataclass
@@ -565,7 +579,7 @@ def fit(
 
     Raises:
         TypeError, ValueError: before any compute, for settings and data that cannot be right; if
-            another run is in the directory.
+            another run is in the directory, or another process at work there.
         Diverged: at the first update that gives a non-finite loss, gradient or parameter. It is
             not made; the error's ``report`` and the directory hold the state before it.
     """

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -20,13 +21,20 @@ Arrays = dict[str, np.ndarray]
 # In what a run may differ and still be the same run, which goes on.
 _FREE = {"checks", "devices", "epochs"}
 
+# What a run that starts over takes away.
+_FOLDERS = ("batches", "checkpoints")
+_FILES = (
+    "lanes.npz", "report.json", "metrics.jsonl", "examples.csv", "adversarial.npz", "counts.npz",
+    "sandwich.npz", "sandwich.png",
+)  # fmt: skip
+
 
 class Folder:
     """Where a run writes, and from where it goes on after an interruption.
 
     Every finished batch is one file, written whole or not at all, so that a run killed at any
     moment goes on behind its last finished batch. Of several processes the first writes and all
-    read.
+    read. Logs are begun anew with the first line of a process, and hold until then what they held.
 
     Attributes:
         configuration: the run's, with the digests.
@@ -40,7 +48,8 @@ class Folder:
         columns: header of the table ``examples.csv``; no table when empty.
 
     Raises:
-        ValueError: if another run is in the directory and ``resume`` is set.
+        ValueError: if another run is in the directory and ``resume`` is set; if another process is
+            running there.
     """
 
     def __init__(
@@ -52,32 +61,48 @@ class Folder:
         resume: bool,
         columns: Sequence[str] = (),
     ) -> None:
-        self.directory = None if directory is None else pathlib.Path(directory).absolute()
+        self.directory = located(directory)
         self.configuration = configuration
         self.resumed, self._computed = 0, 0
-        self._columns, self._stored = list(columns), set[str]()
+        self._columns, self._stored, self._begun = list(columns), set[str](), set[str]()
         self._writes = self.directory is not None and parallel.is_main()
         if self.directory is None:
             return
         self.configuration = wanted = {**configuration, **identity()}
+        if self._writes:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._claim(self.directory)
+        parallel.barrier("claimed")
         if resume:
             _compare(self.directory, stored_configuration(self.directory), wanted)
             batches = self.directory / "batches"
             self._stored = {path.stem for path in batches.glob("*.npz")}
         parallel.barrier("read")
         if self._writes:
-            self.directory.mkdir(parents=True, exist_ok=True)
             if not resume:
-                for name in ("batches", "checkpoints"):
-                    shutil.rmtree(self.directory / name, ignore_errors=True)
-                for name in ("lanes.npz", "report.json"):
+                for name in _FOLDERS:
+                    if (self.directory / name).exists():
+                        shutil.rmtree(self.directory / name)
+                for name in _FILES:
                     (self.directory / name).unlink(missing_ok=True)
             self.json("configuration.json", wanted)
-            (self.directory / "metrics.jsonl").write_text("")
-            if self._columns:
-                with open(self.directory / "examples.csv", "w", newline="") as file:
-                    csv.writer(file).writerow(self._columns)
         parallel.barrier("written")
+
+    def _claim(self, directory: pathlib.Path) -> None:
+        """Keep other processes out until this one ends, however it ends."""
+        opened = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, opened)
+        try:
+            import fcntl
+
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"another process is running in {directory}: wait until it ends, or choose another "
+                "directory"
+            ) from error
+        except (ImportError, OSError):  # Windows, and file systems that cannot lock
+            pass
 
     def once(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """The arrays of the batch ``name``: from its file, or computed now and stored."""
@@ -99,8 +124,14 @@ class Folder:
         """The arrays of an ``.npz``, None where there is none."""
         if self.directory is None or not (self.directory / name).exists():
             return None
-        with np.load(self.directory / name) as file:
-            return dict(file)
+        try:
+            with open(self.directory / name, "rb") as opened, np.load(opened) as file:
+                return dict(file)
+        except Exception as error:  # what zipfile raises of a changed byte is no closed list
+            raise ValueError(
+                f"{self.directory / name} is damaged ({type(error).__name__}: {error}): put back a "
+                "copy of it, or delete it, and what it held is computed again"
+            ) from error
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``report.json``; of a run that has only been read again, with its own times."""
@@ -118,16 +149,26 @@ class Folder:
 
     def metrics(self, **values: Any) -> None:
         """Append one line of JSON to ``metrics.jsonl``."""
-        if self._writes and self.directory is not None:
-            with open(self.directory / "metrics.jsonl", "a") as file:
+        with self._log("metrics.jsonl") as file:
+            if file is not None:
                 file.write(json.dumps(values, default=float) + "\n")
 
     def examples(self, columns: dict[str, np.ndarray]) -> None:
         """Append rows to ``examples.csv``: one array (n,) for each of its columns."""
-        if self._writes and self.directory is not None:
-            with open(self.directory / "examples.csv", "a", newline="") as file:
+        with self._log("examples.csv") as file:
+            if file is not None:
+                header = [] if file.tell() else [self._columns]
                 lists = [columns[name].tolist() for name in self._columns]
-                csv.writer(file).writerows(zip(*lists))
+                csv.writer(file).writerows([*header, *zip(*lists)])
+
+    @contextlib.contextmanager
+    def _log(self, name: str) -> Iterator[IO[str] | None]:
+        if not self._writes or self.directory is None:
+            yield None
+            return
+        with open(self.directory / name, "a" if name in self._begun else "w", newline="") as file:
+            self._begun.add(name)
+            yield file
 
     def save(self, name: str, **arrays: np.ndarray) -> None:
         """Write an ``.npz``, whole or not at all."""
@@ -156,10 +197,33 @@ class Folder:
         os.replace(part, path)
 
 
-def stored_configuration(directory: Any) -> dict[str, Any]:
-    """``configuration.json`` of a run's directory, empty where there is none."""
-    path = pathlib.Path(directory) / "configuration.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def located(directory: Any) -> Any:
+    """The directory of a run as an absolute path, with ``~`` for the home; None of None."""
+    return None if directory is None else pathlib.Path(directory).expanduser().absolute()
+
+
+def stored_configuration(directory: pathlib.Path) -> dict[str, Any]:
+    """``configuration.json`` of a run's directory, empty where there is none.
+
+    Raises:
+        ValueError: if it cannot be read, or is missing beside results.
+    """
+    path = directory / "configuration.json"
+    try:
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(stored, dict):
+            raise ValueError(f"holds {stored!r}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): nothing was changed; put back a copy of it, or choose "
+            "another directory"
+        ) from error
+    if not stored and any(any(directory.glob(f"{name}/*")) for name in _FOLDERS):
+        raise ValueError(
+            f"{directory} holds results but no configuration.json that says of which run: nothing "
+            "was changed; put back a copy of it, or choose another directory"
+        )
+    return stored
 
 
 def _compare(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -55,15 +57,59 @@ class Loop(Protocol[P, R_co, Q, E_co]):
 def loop(
     prepare: Callable[Q, Prepared[Event]],
 ) -> Callable[[Callable[P, Report]], Loop[P, Report, Q, Event]]:
-    """Decorator: the pipeline whose events and programs are those of ``prepare``."""
+    """Decorator: the pipeline whose events and programs are those of ``prepare``.
+
+    It runs on a mesh of its own, whatever ``jax.set_mesh`` says and wherever its arguments are.
+    """
+
+    def started(args: Any, kwargs: Any) -> Prepared[Event]:
+        return prepare(*map(parallel.plain, args), **_each(parallel.plain, kwargs))
+
+    def events(*args: Q.args, **kwargs: Q.kwargs) -> Iterator[Event]:
+        with parallel.apart():
+            found: Any = started(args, kwargs).events()
+        return each(found)
+
+    def each(found: Any) -> Iterator[Event]:
+        def advance() -> Event | None:
+            with parallel.apart() as back:
+                event = next(found, None)
+                return event and type(event)(*(_given(back, part) for part in event))
+
+        try:
+            yield from iter(advance, None)
+        finally:
+            with parallel.apart():
+                found.close()
+
+    def warm_up(*args: Q.args, **kwargs: Q.kwargs) -> dict[str, float]:
+        with parallel.apart():
+            return started(args, kwargs).warm_up()
 
     def decorate(run: Callable[P, Report]) -> Loop[P, Report, Q, Event]:
-        made: Any = run
-        made.iter = lambda *args, **kwargs: prepare(*args, **kwargs).events()
-        made.warm_up = lambda *args, **kwargs: prepare(*args, **kwargs).warm_up()
-        return made
+        @functools.wraps(run)
+        def made(*args: Any, **kwargs: Any) -> Report:
+            with parallel.apart() as back:
+                report = run(*map(parallel.plain, args), **_each(parallel.plain, kwargs))
+                return _given(back, report)
+
+        whole: Any = made
+        whole.iter, whole.warm_up = events, warm_up
+        return whole
 
     return decorate
+
+
+def _each(fn: Callable[[Any], Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: fn(value) for name, value in values.items()}
+
+
+def _given(back: Callable[[Any], Any], part: Any) -> Any:
+    """A report, or part of an event, with its arrays where :func:`parallel.apart` says."""
+    if dataclasses.is_dataclass(part) and jax.tree_util.all_leaves([part]):
+        fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return dataclasses.replace(part, **_each(back, fields))  # type: ignore[type-var]
+    return back(part)
 
 
 def surroundings(key: jax.Array, mesh: Mesh) -> dict[str, Any]:

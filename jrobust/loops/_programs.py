@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import numbers
 import os
 import pathlib
 import platform
@@ -126,6 +127,9 @@ class Programs:
         step: int = 1,
         memory: int | None = None,
     ) -> None:
+        if memory is not None and not (isinstance(memory, numbers.Real) and memory > 0):
+            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
+        keep_compilations()
         self.size, self.planned = size, planned
         self._jobs, self._mesh, self._clock = jobs, mesh, clock
         self._step, self._memory = step, memory
@@ -148,11 +152,14 @@ class Programs:
         return self._compiled
 
     def plan(self) -> int:
-        """Settle the size: the largest that needs no more than the memory, at most the first.
+        """Settle the size: at most the first, and such that the programs fit into the memory.
 
-        What the compiler says that the programs need decides; one round of compilation where the
-        first size fits. Raises ``ValueError`` where none does.
+        What the compiler says that they need decides; one round of compilation where the first
+        size fits, and no more than halvings, which may stop below the largest size that does.
+        Raises ``ValueError`` where none does.
         """
+        if self.planned:
+            return self.size
         limit = parallel.free_memory(self._mesh) if self._memory is None else self._memory
         while not self.planned:
             compiled = self._compile()
@@ -172,7 +179,6 @@ class Programs:
         return self.size
 
     def _compile(self) -> dict[str, Program]:
-        keep_compilations()
         jobs = self._jobs(self.size)
         threads = min(len(jobs), os.cpu_count() or 1)
         with self._clock.measure("compile"), ThreadPoolExecutor(threads) as pool:
@@ -215,13 +221,19 @@ def keep_compilations() -> None:
     """Turn on JAX's persistent compilation cache, unless the user has set one or turned it off.
 
     In ``$XDG_CACHE_HOME/jrobust`` (``~/.cache/jrobust``), a folder for each kind of machine.
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps it off, ``JAX_COMPILATION_CACHE_DIR`` places it.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps it off, ``JAX_COMPILATION_CACHE_DIR`` places it. It
+    stays off where there is no home, or none to write to, as in some containers.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "jrobust" / _machine()))
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        kept = pathlib.Path(home) / "jrobust" / _machine()
+        kept.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    config.update("jax_compilation_cache_dir", str(kept))
     config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX decides at its first compilation whether there is a cache.

@@ -12,6 +12,7 @@ from jrobust import smoothing
 from jrobust._algorithm import describe
 from jrobust.loops import _votes_log
 from jrobust.loops._certify import CertificationReport
+from jrobust.loops._folder import located, stored_configuration
 from jrobust.loops._programs import Clock
 from jrobust.smoothing._certify import check_top
 
@@ -60,7 +61,8 @@ def recertify(
         ValueError: if there is no log, or a damaged one; if the rule asks for votes that were not
             counted, or that are not whole blocks; settings that make no sense; another noise.
     """
-    clock, stored = Clock(), _votes_log.configuration(directory)
+    directory = located(directory)
+    clock, stored = Clock(), stored_configuration(directory)
     if "block" not in stored:
         raise ValueError(f"{directory} holds no certification run: give the directory of one")
     # Read before the configuration is used: the files tell whether that is whole.

@@ -22,7 +22,7 @@ from jrobust.attacks import Attack
 from jrobust.data import Dataset
 from jrobust.loops._certify import certify
 from jrobust.loops._evaluate import _named, evaluate
-from jrobust.loops._folder import Arrays, Folder
+from jrobust.loops._folder import Arrays, Folder, located
 from jrobust.loops._lanes import Bar, check_count, check_data, lane_count, rows, surroundings
 from jrobust.loops._programs import Clock, Job, Programs
 from jrobust.loops._reliability import needs_gradients
@@ -597,9 +597,9 @@ def sandwich(
     check_probability("confidence", confidence)
     level = verdict_alpha / (len(named) * rounds)
     _check(key, logits_fn, data, named, noise, certificate, options, votes, level)
-    mesh = parallel.mesh() if mesh is None else mesh
+    mesh = parallel.automatic(mesh)
     clock, seconds = Clock(), dict[str, float]()
-    path = None if directory is None else pathlib.Path(directory)
+    path = located(directory)
 
     def below(name: str) -> pathlib.Path | None:
         return None if path is None else path / name

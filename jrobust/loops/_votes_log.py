@@ -277,38 +277,14 @@ def digest(configuration: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def configuration(directory: Any) -> dict[str, Any]:
-    """``configuration.json`` of a run, empty where there is none and nothing that needs it.
-
-    Raises:
-        ValueError: if it cannot be read, or is missing beside votes.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        stored = stored_configuration(directory)
-        if not isinstance(stored, dict):
-            raise ValueError(f"holds {stored!r}")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{directory / 'configuration.json'} is damaged ({error}): nothing was changed; put "
-            "back a copy of it, or choose another directory"
-        ) from error
-    if not stored and any(directory.glob("batches/*.npz")):
-        raise ValueError(
-            f"{directory} holds votes but no configuration.json that says of which model and "
-            "noise: nothing was changed; put back a copy of it, or choose another directory"
-        )
-    return stored
-
-
-def read(directory: Any, stored: dict[str, Any]) -> Iterator[Arrays]:
+def read(directory: pathlib.Path, stored: dict[str, Any]) -> Iterator[Arrays]:
     """The files of a log in order, each checked; ``stored`` is the run's configuration.
 
     Raises:
         ValueError: for a file that is truncated, damaged or another run's. Nothing is changed.
     """
     run = digest(stored)
-    for path in sorted(pathlib.Path(directory).glob("batches/*.npz")):
+    for path in sorted(directory.glob("batches/*.npz")):
         try:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 batch = dict(file)
@@ -349,9 +325,9 @@ def _wrong(batch: Arrays, stored: dict[str, Any], run: str) -> str | None:
     return None
 
 
-def verify(directory: Any, wanted: dict[str, Any]) -> None:
+def verify(directory: pathlib.Path, wanted: dict[str, Any]) -> None:
     """Read all of a log, if it is that of the run ``wanted``, before anything is written there."""
-    stored = configuration(directory)
+    stored = stored_configuration(directory)
     if stored and digest(stored) == digest(wanted):
         for _ in read(directory, stored):
             pass

@@ -28,6 +28,11 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def widened(leaf: Array) -> Array:
+    """A float leaf in what sums of it are kept in."""
+    return jnp.asarray(leaf, _wide(leaf.dtype)) if _is_float(leaf) else leaf
+
+
 @algorithm
 class Average:
     """What an :class:`Averaging` carries: arrays of its own, which nothing else refers to.
@@ -183,6 +188,12 @@ def _pass(
     return new, memory
 
 
+def compile_statistics(network: Network, params: Tree, extra: Tree, key: Array, x: Array) -> None:
+    """Compile what :func:`update_statistics` runs for batches like ``x`` into JAX's cache."""
+    if jax.tree.leaves(extra):
+        _pass.lower(network, params, jax.tree.map(widened, extra), key, x).compile()
+
+
 def update_statistics(
     network: Network, params: Tree, extra: Tree, key: Array, batches: Iterable[Any]
 ) -> Tree:
@@ -199,7 +210,8 @@ def update_statistics(
         network: the model; its training pass is compiled once for batches of one shape.
         params, extra: weights, for instance ``state.weights``.
         key: one typed key, for dropout.
-        batches: input batches (B, ...), as in training. Each counts alike, so give them one size.
+        batches: input batches (B, ...), as in training: shuffled, for the variances are those
+            inside of a batch, and of one size, for each counts alike.
 
     Returns:
         ``extra``, structure and dtypes as given; the very same, without a pass, if it is empty.
@@ -211,7 +223,7 @@ def update_statistics(
     given, tree = jax.tree.flatten(extra)
     if not given:
         return extra
-    leaves = [jnp.asarray(leaf, _wide(leaf.dtype)) if _is_float(leaf) else leaf for leaf in given]
+    leaves = list(map(widened, given))
     sums: list[Any] = [0.0] * len(leaves)
     memory: Any = None
     count = 0

@@ -14,7 +14,7 @@ from jrobust import drive, parallel
 from jrobust import keys as _keys
 from jrobust._algorithm import algorithm, static
 from jrobust.models import Network
-from jrobust.training._averaging import Averaging
+from jrobust.training._averaging import Averaging, widened
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -162,10 +162,12 @@ def _accumulated(
     weight = jnp.sum(batch.mask)
 
     def part(params: Any, extra: Any, piece: Batch) -> tuple[Array, tuple[Any, Metrics]]:
-        value, (extra, metrics) = loss(params, extra, piece)
         # The share of the rows that count in this piece, among those of the device; the weight
         # below brings in the other devices. Pieces may then simply be summed.
         share = jnp.sum(piece.mask) / jnp.maximum(weight, 1)
+        # A mean over no rows may be no number: a piece in which none counts is of all its rows.
+        piece = piece._replace(mask=piece.mask | (share == 0))
+        value, (extra, metrics) = loss(params, extra, piece)
         return share * value, (extra, jax.tree.map(lambda metric: share * metric, metrics))
 
     def terms(j: Array, extra: Any) -> tuple[Any, Any]:
@@ -245,8 +247,7 @@ def step(
             network=network,
         )
 
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        _check(batch)
+    def updated(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         now = current(objective, state)
 
@@ -268,7 +269,13 @@ def step(
         new = dataclasses.replace(
             state, step=count, params=params, extra=extra, opt_state=opt_state, average=trailing
         )
-        return new, {"loss": value, **metrics, "gradient_norm": optax.tree.norm(grads)}
+        # Squares of float16 overflow from 256 on.
+        norm = optax.tree.norm(jax.tree.map(widened, grads))
+        return new, {"loss": value, **metrics, "gradient_norm": norm}
+
+    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+        _check(batch)
+        return parallel.by_state(updated, state, batch)
 
     return init, update
 
