@@ -5,8 +5,11 @@ Fold order, outermost first: example id, attack, class or restart, step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -33,6 +36,24 @@ def check(key: Array) -> None:
         )
     if key.shape != ():
         raise ValueError(f"key must be a single key of shape (), got shape {key.shape}")
+
+
+def check_range(ids: Any) -> None:
+    """Raise ``ValueError`` for ids that 32 bits, all that a key takes of them, do not tell apart.
+
+    To be asked before JAX narrows 64 bits in silence. Traced ids and those that are no integers
+    pass.
+    """
+    if isinstance(ids, jax.core.Tracer) or getattr(ids, "itemsize", 8) <= 4:
+        return
+    wide = np.asarray(ids)
+    if wide.dtype.kind not in "iu" or not wide.size:
+        return
+    if not -(2**31) <= wide.min() <= wide.max() < min(2**32, int(wide.min()) + 2**32):
+        raise ValueError(
+            f"ids must fit in 32 bits, got {wide.min()} .. {wide.max()}: examples whose ids differ "
+            "by a multiple of 2^32 would share their noise"
+        )
 
 
 def examples(key: Array, ids: Array) -> Array:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
@@ -40,9 +40,7 @@ _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("_inside", defaul
 def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-dimensional mesh over ``devices`` (all of them when None), axis ``"data"``.
 
-    Its axis is automatic, as those of your own meshes must be. ``jax.make_mesh`` makes explicit
-    ones unless it is given ``axis_types=(jax.sharding.AxisType.Auto,)``, and with these, which
-    ``jax.set_mesh`` imposes on all that follows, most transforms end in JAX's sharding errors.
+    Its axis is automatic: XLA decides how each array in between is split.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not devices:
@@ -51,6 +49,106 @@ def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 _all_devices = mesh  # where an argument hides the name
+
+
+def _explicit(tree: Any) -> AbstractMesh:
+    """The mesh in whose types the arrays carry how they are split; one without axes if none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for leaf in jax.tree.leaves(tree):
+        if not mesh.explicit_axes and isinstance(leaf, jax.Array):
+            mesh = jax.typeof(leaf).sharding.mesh
+    return mesh
+
+
+def by_rows(fn: Callable[..., Any], models: Any, x: Any, *args: Any, **static: Any) -> Any:
+    """``fn(models, x, *args)``, arrays that start with the example axis of x, on any mesh.
+
+    The axes of ``jax.make_mesh`` are explicit: arrays carry their splitting in their types, and JAX
+    refuses what does not say how its result is split. In ``fn`` they are automatic, and so they are
+    in ``models``, pytrees; where these are plain functions, which may have closed over arrays that
+    carry theirs, they stay explicit in them. Results are split as the rows of x are.
+    """
+    mesh = _explicit((models, x, args))
+    axes = mesh.explicit_axes
+    if not axes:
+        return fn(models, x, *args, **static)
+    split = jax.typeof(x).sharding.spec
+    rows = split[0] if split else None
+
+    def shown(leaf: Any) -> Any:
+        if not callable(leaf):
+            return leaf
+        spec = P(rows, *(None,) * (x.ndim - 1))
+        return jax.tree_util.Partial(jax.sharding.explicit_axes(leaf, axes=axes, in_sharding=spec))
+
+    out = NamedSharding(mesh, P(rows))
+    inside = jax.sharding.auto_axes(fn, axes=axes, out_sharding=out)
+    return inside(jax.tree.map(shown, models), x, *args, **static)
+
+
+def by_state(fn: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """``fn(state, *args) -> (state, others)`` likewise: split as it was, and whole."""
+    mesh = _explicit((state, args))
+    if not mesh.explicit_axes:
+        return fn(state, *args)
+    kept = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), state)
+    out = kept, NamedSharding(mesh, P())
+    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=out)(state, *args)
+
+
+def automatic(mesh: Mesh | None) -> Mesh:
+    """The same devices and axes, all automatic; that of all devices when None."""
+    if mesh is None:
+        return _all_devices()
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _swapped(tree: Any, which: Callable[[Any], bool], fn: Callable[[Any], Any]) -> Any:
+    """``tree`` with ``fn`` of its leaves that are ``which``; itself, as it is, if none is."""
+    if not any(map(which, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda leaf: fn(leaf) if which(leaf) else leaf, tree)
+
+
+def plain(tree: Any) -> Any:
+    """``tree`` with arrays that do not carry their splitting in their types, where they are."""
+
+    def carries(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
+
+    def ours(leaf: Any) -> Any:
+        mesh = automatic(leaf.sharding.mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+
+    return _swapped(tree, carries, ours)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[Callable[[Any], Any]]:
+    """Outside of the mesh of ``jax.set_mesh``; yields what takes arrays back to it.
+
+    Programs over a mesh of their own do not run inside of another's context.
+    """
+    try:
+        mesh: Mesh | None = jax.sharding.get_mesh()
+    except ValueError:  # a trace, which keeps to the mesh that it was begun with
+        mesh = None
+    if mesh is None or mesh.empty:
+        yield lambda tree: tree
+        return
+
+    def placed(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+
+    def there(leaf: Any) -> Any:
+        same = leaf.sharding.mesh.axis_names == mesh.axis_names
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec if same else P()))
+
+    def back(tree: Any) -> Any:
+        return _swapped(tree, placed, there)
+
+    with jax.set_mesh(None):
+        yield back
 
 
 def is_main() -> bool:
@@ -117,8 +215,16 @@ def free_memory(mesh: Mesh) -> int:
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in one for one in stats):
         return int(0.9 * min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in stats))
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // 2 // len(devices)
+    return _available() // 2 // len(devices)
+
+
+def _available() -> int:
+    """Bytes of the machine that are free, or would be if the system dropped its caches."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> Any:
@@ -237,11 +343,13 @@ class DataParallel:
 
     def __call__(self, *args: Any) -> Any:
         """Run on the whole batch."""
-        return self._flat(self._program(*self.put(*args)))
+        with apart() as back:
+            return back(self._flat(self._program(*self.put(*args))))
 
     def lower(self, *args: Any) -> Callable[[], Compiled]:
         """Trace and lower for arguments like ``args``; the result compiles, in any thread."""
-        lowered = self._program.lower(*self.put(*args))
+        with apart():
+            lowered = self._program.lower(*self.put(*args))
         return lambda: Compiled(self, lowered.compile())
 
     def compile(self, *args: Any) -> Compiled:
@@ -269,7 +377,8 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """Run on the whole batch."""
-        return self._split._flat(self._program(*self._split.put(*args)))
+        with apart() as back:
+            return back(self._split._flat(self._program(*self._split.put(*args))))
 
 
 def data_parallel(
@@ -297,7 +406,7 @@ def data_parallel(
         ValueError: for an unknown back end or axis, and when called with a batch that is not a
             multiple of the number of devices.
     """
-    mesh = _all_devices() if mesh is None else mesh
+    mesh = automatic(mesh)
     if AXIS not in mesh.axis_names or mesh.size != mesh.shape[AXIS]:
         raise ValueError(f"the mesh must have the one axis {AXIS!r}, got {dict(mesh.shape)}")
     if isinstance(in_axes, Sequence):

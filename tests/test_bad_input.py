@@ -170,6 +170,16 @@ MISTAKES = {
         ValueError,
         "step_size or rel_step_size, not both",
     ),
+    "momentum of another shape": (
+        lambda: call(PGD(Linf(0.1), momentum=np.ones(3))),
+        ValueError,
+        "PGD.momentum must be a number or have one for each of the",
+    ),
+    "ids beyond 32 bits": (
+        lambda: call(ids=np.arange(4) << 31),
+        ValueError,
+        "ids must fit in 32 bits",
+    ),
     "negative momentum": (lambda: call(PGD(Linf(0.1), momentum=-1)), ValueError, "PGD.momentum"),
     "Gaussian start of none": (
         lambda: call(PGD(Linf(0.1), gaussian_start=0.1, random_start=False)),

@@ -182,7 +182,7 @@ def test_state_and_configuration_are_pytrees(entry, kind, key):
 
 @pytest.mark.parametrize("entry", EVERY_WAY)
 def test_every_way_to_run_it_agrees(entry, key):
-    """Eager, jit, vmap over eps, sharded jit, shard_map and pmap, on eight devices."""
+    """Eager, jit, vmap over eps, sharded jit, explicit mesh, shard_map, pmap, on eight devices."""
     model = threat(entry, 0.5)
     attack = entry.make(model)
 
@@ -203,6 +203,10 @@ def test_every_way_to_run_it_agrees(entry, key):
     got["shard_map"] = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=rows, out_specs=rows))(
         *batch
     )
+    explicit = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(explicit):
+        got["explicit"] = jax.jit(call)(*(jax.device_put(a, rows) for a in batch))
+    assert jax.typeof(got["explicit"]).sharding.spec == rows
     pairs = [a.reshape(8, 2, *a.shape[1:]) for a in batch]
     got["pmap"] = jax.pmap(call)(*pairs).reshape(-1)
     for name, flags in got.items():
@@ -257,6 +261,7 @@ def test_is_public_and_documented(entry):
 
 def test_the_table_is_complete():
     covered = {name for entry in catalogue.ATTACKS for name in (entry.name, *entry.also)}
+    covered |= {name for names in catalogue.KERNELS["attacks"] for name in names}
     assert covered | catalogue.PROTOCOL == set(attacks.__all__)
     assert not covered & catalogue.PROTOCOL
     assert all(hasattr(attacks, name) for name in attacks.__all__)

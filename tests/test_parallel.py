@@ -1,5 +1,6 @@
 """One computation, whatever back end and however many devices run it."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrobust import attacks, models, parallel, smoothing, training
+from jrobust import attacks, data, drive, loops, models, parallel, run, smoothing, sweep, training
 from jrobust import keys as _keys
 from jrobust.threat import L2, Linf
 
@@ -223,3 +224,138 @@ def test_arrays_travel_whole():
 def test_mistakes_get_a_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# JAX's own kind of mesh since 0.9: arrays carry in their types how they are split.
+EXPLICIT = jax.make_mesh((8,), ("data",))
+
+
+def split(tree):
+    return jax.tree.map(
+        lambda a: jax.device_put(a, jax.NamedSharding(EXPLICIT, jax.P("data"))), tree
+    )
+
+
+def copied(tree):
+    return jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(EXPLICIT, jax.P())), tree)
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+def small(key, x):
+    network = models.network(models.SmallCNN(widths=(2,), classes=3, hidden=4, norm=True))
+    return network, network.bind(*network.init(key, x[:1]))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [pytest.param(False, marks=pytest.mark.full, id="arrays"), pytest.param(True, id="set_mesh")],
+)
+def test_explicit_meshes_split_attacks_and_votes(key, context):
+    x, y, _ = points(16)
+    model = jax.tree_util.Partial(
+        lambda w, v: jnp.tanh(v) @ w, jnp.sin(jnp.arange(36.0)).reshape(12, 3)
+    )
+    attack, noise = attacks.PGD(Linf(0.05), steps=3), smoothing.Gaussian(0.4)
+
+    def pairs(model, x):
+        return smoothing.count_disagreements(key, model, lambda v: model(v - 0.1), x, noise, 40)
+
+    def votes(model, x):
+        start = jnp.uint32(2**31 + 5)
+        return smoothing.count_votes(key, model, x, noise, 40, start=start, chunk=8)
+
+    def found(model, x, y):
+        result = run(attack, key, model, x, y)
+        swept = sweep(attack, key, model, x, y, [0.02, 0.05])
+        # A closure over arrays that carry how they are split.
+        near = jax.jit(lambda model, x, y: attack(key, lambda v: model(v), x, y))(model, x, y)
+        return result, near, swept.success, votes(model, x), jax.jit(pairs)(model, x)
+
+    expected = found(model, x, y)
+    assert 0 < np.mean(expected[0].success) < 1
+    assert len(np.unique(np.asarray(expected[-2]))) > 3
+    with jax.set_mesh(EXPLICIT) if context else contextlib.nullcontext():
+        result, near, swept, *counts = found(copied(model), split(x), split(y))
+        assert all(jax.typeof(leaf).sharding.spec[0] == "data" for leaf in (*result, *counts))
+        assert jax.typeof(swept).sharding.spec == jax.P(None, "data")
+        hosted = run(attacks.SimBA(L2(0.5), queries=3), key, drive.Host(model), split(x), y)
+        assert np.all(np.isfinite(hosted.x + split(x)))
+    for one in (result, near):
+        np.testing.assert_allclose(one.x, expected[0].x, atol=1e-5)
+        assert_equal(one.success, expected[0].success)
+    assert_equal((swept, *counts), expected[2:])
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_explicit_meshes_split_training(key, accumulate):
+    """Weights too, which come back as they were split."""
+    x, y, _ = points(16)
+    network = models.network(models.MLP((8,), 3))
+    objective = training.Adversarial(attacks.PGD(L2(0.2), steps=2, keep="last"))
+    init, update = training.step(objective, optax.sgd(0.1, 0.9), accumulate=accumulate)
+    state, batch = init(key, network, x), training.batch(x, y)
+
+    def placed(leaf):
+        axes = ["data" if n % 8 == 0 else None for n in leaf.shape]
+        return jax.device_put(leaf, jax.NamedSharding(EXPLICIT, jax.P(*axes)))
+
+    there = jax.tree.map(placed, state)
+    assert any("data" in jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(there.params))
+    expected, metrics = jax.jit(update)(state, batch)
+    found, measured = jax.jit(update)(there, split(batch))
+    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(found)):
+        assert jax.typeof(a) == jax.typeof(b)
+    for a, b in zip(
+        *(
+            jax.tree.leaves((s.params, s.extra, m))
+            for s, m in ((expected, metrics), (found, measured))
+        )
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explicit_meshes_in_data_parallel(key, backend):
+    x = jax.random.uniform(key, (16, 12))
+    split_fn = parallel.data_parallel(linear, EXPLICIT, backend)
+    np.testing.assert_allclose(split_fn(split(x)), linear(x), rtol=1e-5)
+    with jax.set_mesh(EXPLICIT):
+        # Programs over other devices, and results that go on in the context.
+        here = split_fn(x)
+        np.testing.assert_allclose(here + split(linear(x)), 2 * linear(x), rtol=1e-5)
+        two = parallel.data_parallel(linear, mesh(2), backend)
+        np.testing.assert_array_equal(np.asarray(two.compile(x)(x)), two(x))
+
+
+def test_loops_run_whatever_mesh_is_set(key):
+    x, y = np.float32(jax.random.uniform(key, (20, 6, 6, 1))), np.arange(20) % 3
+    train, test = data.Dataset(x, y), data.Dataset(x, y, np.arange(20) + 100)
+    network, model = small(key, x)
+    attack, noise = attacks.PGD(Linf(0.1), steps=2), smoothing.Gaussian(0.4)
+
+    def whole(model, **options):
+        fitted = loops.fit.iter(
+            key, network, training.Standard(), optax.sgd(0.1), train, epochs=2, batch_size=8,
+            validation=test, **options,
+        )  # fmt: skip
+        *_, event = fitted
+        options |= {"batch_size": 8, "progress": False}
+        evaluated = loops.evaluate(
+            key, model, test, {"z": attack, "a": attack}, checks=False, **options
+        )
+        certified = loops.certify(key, model, test, noise, n0=10, n=50, **options)
+        assert evaluated.attacks == ("z", "a")
+        return event, evaluated.x, certified.estimate_counts, certified.certificate.radius
+
+    expected = whole(model)
+    with jax.set_mesh(EXPLICIT):
+        event, *found = whole(copied(model), mesh=EXPLICIT)
+        for weights in (event.state.params, event.report.best[0]):
+            sums = jax.tree.map(lambda a: jnp.sum(a + 1), weights)
+            assert all(map(np.isfinite, jax.tree.leaves(jax.device_get(sums))))
+        assert jax.typeof(event.report.model(split(x[:16]))).sharding.spec[0] == "data"
+        assert jax.sharding.get_mesh() == EXPLICIT
+    assert_equal((event.state.params, *found), (expected[0].state.params, *expected[1:]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 
-from jrobust import drive, losses
+from jrobust import drive, losses, parallel
 from jrobust import keys as _keys
 from jrobust.drive import where
 from jrobust.models import Randomized
@@ -261,8 +261,24 @@ class Attack(abc.ABC):
         x, y, targets, ids = check_batch(x, y, targets, ids)
         for threat in self.threats():
             threat.check_shapes(x)
-        state = self.init(_keys.examples(key, ids), x, y, targets)
-        return self.result(drive.run(self, logits_fn, state))
+        if not drive.is_host(logits_fn):
+            return parallel.by_rows(_whole, logits_fn, x, y, ids, targets, key, self)
+        with parallel.apart() as back:
+            args = parallel.plain((x, y, ids, targets, key, self))
+            return back(_whole(logits_fn, *args))
+
+
+def _whole(
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    ids: Array,
+    targets: Array | None,
+    key: Array,
+    attack: Attack,
+) -> AttackResult:
+    state = attack.init(_keys.examples(key, ids), x, y, targets)
+    return attack.result(drive.run(attack, logits_fn, state))
 
 
 def check_batch(
@@ -282,6 +298,7 @@ def check_batch(
     if x.shape[0] == 0:
         raise ValueError(f"x is an empty batch of shape {x.shape}: there is nothing to attack")
     batch = (x.shape[0],)
+    _keys.check_range(ids)
     if jnp.issubdtype(y.dtype, jnp.floating) or y.ndim == 2:
         raise TypeError(
             f"attacks take integer labels of shape {batch}, got {y.dtype} of shape {y.shape}: "

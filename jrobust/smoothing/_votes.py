@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrobust import drive, keys
+from jrobust import drive, keys, parallel
 from jrobust.smoothing._noise import Noise, check_dtype
 
 Array = jax.Array
@@ -81,6 +81,13 @@ def _copies(image_keys: Array, x: Array, noise: Noise, samples: Array) -> tuple[
 _compiled_copies = jax.jit(_copies)
 
 
+def _first(start: Array | int) -> Array:
+    """The index of the first sample, of 32 bits."""
+    if not isinstance(start, jax.core.Tracer):
+        start = jnp.uint32(start)
+    return jnp.asarray(start).astype(jnp.uint32)
+
+
 def _scan(
     key: Array,
     label: Callable[[Array], Array],
@@ -88,15 +95,12 @@ def _scan(
     x: Array,
     noise: Noise,
     n: int,
-    start: Array | int,
+    start: Array,
     ids: Array,
     chunk: int,
 ) -> Array:
     """Count the labels, below ``columns``, of n noisy copies of each input: (B, columns) int32."""
     batch = x.shape[0]
-    if not isinstance(start, jax.core.Tracer):
-        start = jnp.uint32(start)
-    start = jnp.asarray(start).astype(jnp.uint32)
     image_keys = keys.examples(key, ids)
     offsets = jnp.arange(chunk, dtype=jnp.uint32)
 
@@ -114,26 +118,12 @@ def _scan(
     return drive.loop(-(-n // chunk), body, init)
 
 
-def _check_range(ids: Any) -> None:
-    """Raise ``ValueError`` for ids that 32 bits do not tell apart."""
-    if isinstance(ids, jax.core.Tracer) or getattr(ids, "itemsize", 8) <= 4:
-        return
-    wide = np.asarray(ids)
-    if wide.dtype.kind not in "iu" or not wide.size:
-        return
-    if not -(2**31) <= wide.min() <= wide.max() < min(2**32, int(wide.min()) + 2**32):
-        raise ValueError(
-            f"ids must fit in 32 bits, got {wide.min()} .. {wide.max()}: inputs whose ids differ "
-            "by a multiple of 2^32 would share their noise"
-        )
-
-
 def _prepare(
     key: Array, x: Array, n: int, start: Array | int, ids: Array | None, chunk: int | None
 ) -> tuple[Array, Array, int]:
     """Checked (x, ids, chunk)."""
     if ids is not None:
-        _check_range(ids)
+        keys.check_range(ids)
         ids = jnp.asarray(ids)
     _check(key, x, n, start, ids)
     x = jnp.asarray(x)
@@ -287,6 +277,13 @@ def count_votes(
             return _said(logits_fn, points, asked)
 
         return _ask(key, label, x, noise, n, start, ids, chunk)
+    args = (x, key, noise, _first(start), ids)
+    return parallel.by_rows(_count, logits_fn, *args, n=n, chunk=chunk)
+
+
+def _count(
+    logits_fn: Any, x: Array, key: Array, noise: Noise, start: Array, ids: Array, n: int, chunk: int
+) -> Array:
     logits_of, classes = _logits_of(logits_fn, (x.shape[0] * chunk, *x.shape[1:]))
     return _scan(key, lambda v: _vote(logits_of(v)), classes + 1, x, noise, n, start, ids, chunk)
 
@@ -356,8 +353,16 @@ def count_disagreements(
             return np.where(said != meant, said, classes), classes
 
         return _ask(key, differ, x, noise, n, start, ids, chunk)
-    exact, classes = _logits_of(logits_fn, shape)
-    fast, others = _logits_of(voter, shape)
+    args = (x, key, noise, _first(start), ids)
+    return parallel.by_rows(_compare, (logits_fn, voter), *args, n=n, chunk=chunk)
+
+
+def _compare(
+    models: Any, x: Array, key: Array, noise: Noise, start: Array, ids: Array, n: int, chunk: int
+) -> Array:
+    (exact, classes), (fast, others) = (
+        _logits_of(fn, (x.shape[0] * chunk, *x.shape[1:])) for fn in models
+    )
     _check_classes(classes, others)
 
     def label(points: Array) -> Array:
