@@ -13,6 +13,9 @@ pmap      the same in the older interface                         as shard_map
 ========= ======================================================= =============================
 
 Attacks and votes do not communicate, so ``shard_map`` lets every device leave its loops early.
+
+Meshes of your own serve as well, their axes automatic or explicit: attacks, votes and training
+steps compute where their arguments are, in ``jax.set_mesh`` or not.
 """
 
 from __future__ import annotations
@@ -110,30 +113,38 @@ def _swapped(tree: Any, which: Callable[[Any], bool], fn: Callable[[Any], Any]) 
     return jax.tree.map(lambda leaf: fn(leaf) if which(leaf) else leaf, tree)
 
 
+def _carries(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
+
+
 def plain(tree: Any) -> Any:
     """``tree`` with arrays that do not carry their splitting in their types, where they are."""
-
-    def carries(leaf: Any) -> bool:
-        return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
 
     def ours(leaf: Any) -> Any:
         mesh = automatic(leaf.sharding.mesh)
         return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
 
-    return _swapped(tree, carries, ours)
+    return _swapped(tree, _carries, ours)
+
+
+def home(tree: Any) -> Mesh | None:
+    """The mesh of ``jax.set_mesh``, or that of arrays which carry theirs; None in traces."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:
+        return None
+    if not mesh.empty:
+        return mesh
+    return next((leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _carries(leaf)), None)
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[Callable[[Any], Any]]:
-    """Outside of the mesh of ``jax.set_mesh``; yields what takes arrays back to it.
+def apart(mesh: Mesh | None) -> Iterator[Callable[[Any], Any]]:
+    """Outside of the mesh of :func:`home`; yields what takes arrays back to it.
 
     Programs over a mesh of their own do not run inside of another's context.
     """
-    try:
-        mesh: Mesh | None = jax.sharding.get_mesh()
-    except ValueError:  # a trace, which keeps to the mesh that it was begun with
-        mesh = None
-    if mesh is None or mesh.empty:
+    if mesh is None:
         yield lambda tree: tree
         return
 
@@ -343,12 +354,12 @@ class DataParallel:
 
     def __call__(self, *args: Any) -> Any:
         """Run on the whole batch."""
-        with apart() as back:
+        with apart(home(args)) as back:
             return back(self._flat(self._program(*self.put(*args))))
 
     def lower(self, *args: Any) -> Callable[[], Compiled]:
         """Trace and lower for arguments like ``args``; the result compiles, in any thread."""
-        with apart():
+        with apart(home(args)):
             lowered = self._program.lower(*self.put(*args))
         return lambda: Compiled(self, lowered.compile())
 
@@ -377,7 +388,7 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """Run on the whole batch."""
-        with apart() as back:
+        with apart(home(args)) as back:
             return back(self._split._flat(self._program(*self._split.put(*args))))
 
 

@@ -263,9 +263,9 @@ class Attack(abc.ABC):
             threat.check_shapes(x)
         if not drive.is_host(logits_fn):
             return parallel.by_rows(_whole, logits_fn, x, y, ids, targets, key, self)
-        with parallel.apart() as back:
-            args = parallel.plain((x, y, ids, targets, key, self))
-            return back(_whole(logits_fn, *args))
+        args = x, y, ids, targets, key, self
+        with parallel.apart(parallel.home(args)) as back:
+            return back(_whole(logits_fn, *parallel.plain(args)))
 
 
 def _whole(

@@ -66,30 +66,31 @@ def loop(
         return prepare(*map(parallel.plain, args), **_each(parallel.plain, kwargs))
 
     def events(*args: Q.args, **kwargs: Q.kwargs) -> Iterator[Event]:
-        with parallel.apart():
+        home = parallel.home((args, kwargs))
+        with parallel.apart(home):
             found: Any = started(args, kwargs).events()
-        return each(found)
+        return each(home, found)
 
-    def each(found: Any) -> Iterator[Event]:
+    def each(home: Mesh | None, found: Any) -> Iterator[Event]:
         def advance() -> Event | None:
-            with parallel.apart() as back:
+            with parallel.apart(home) as back:
                 event = next(found, None)
                 return event and type(event)(*(_given(back, part) for part in event))
 
         try:
             yield from iter(advance, None)
         finally:
-            with parallel.apart():
+            with parallel.apart(home):
                 found.close()
 
     def warm_up(*args: Q.args, **kwargs: Q.kwargs) -> dict[str, float]:
-        with parallel.apart():
+        with parallel.apart(parallel.home((args, kwargs))):
             return started(args, kwargs).warm_up()
 
     def decorate(run: Callable[P, Report]) -> Loop[P, Report, Q, Event]:
         @functools.wraps(run)
         def made(*args: Any, **kwargs: Any) -> Report:
-            with parallel.apart() as back:
+            with parallel.apart(parallel.home((args, kwargs))) as back:
                 report = run(*map(parallel.plain, args), **_each(parallel.plain, kwargs))
                 return _given(back, report)
 
