@@ -54,13 +54,17 @@ def mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 _all_devices = mesh  # where an argument hides the name
 
 
+def _carries(leaf: Any) -> bool:
+    """Whether an array carries in its type how it is split."""
+    return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
+
+
 def _explicit(tree: Any) -> AbstractMesh:
-    """The mesh in whose types the arrays carry how they are split; one without axes if none."""
+    """The mesh in context, or the one that arrays carry where that has no explicit axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    for leaf in jax.tree.leaves(tree):
-        if not mesh.explicit_axes and isinstance(leaf, jax.Array):
-            mesh = jax.typeof(leaf).sharding.mesh
-    return mesh
+    if mesh.explicit_axes:
+        return mesh
+    return next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree) if _carries(x)), mesh)
 
 
 def by_rows(fn: Callable[..., Any], models: Any, x: Any, *args: Any, **static: Any) -> Any:
@@ -111,10 +115,6 @@ def _swapped(tree: Any, which: Callable[[Any], bool], fn: Callable[[Any], Any]) 
     if not any(map(which, jax.tree.leaves(tree))):
         return tree
     return jax.tree.map(lambda leaf: fn(leaf) if which(leaf) else leaf, tree)
-
-
-def _carries(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and bool(jax.typeof(leaf).sharding.mesh.explicit_axes)
 
 
 def plain(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 """Runs that are killed, resumed, started over, or spread over processes end as if nothing was."""
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
@@ -222,6 +224,15 @@ def test_a_directory_holds_one_process_at_a_time(tmp_path):
         holder.communicate()
     assert evaluation(tmp_path).resumed == 0
     assert evaluation(tmp_path).resumed > 0
+
+
+def test_a_directory_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(RuntimeWarning, match=rf"{tmp_path} cannot be locked .*No locks available"):
+        assert evaluation(tmp_path).resumed == 0
 
 
 def test_a_directory_is_where_it_was_when_the_run_was_made(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -69,10 +70,15 @@ class Folder:
         if self.directory is None:
             return
         self.configuration = wanted = {**configuration, **identity()}
+        free = True
         if self._writes:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._claim(self.directory)
-        parallel.barrier("claimed")
+            free = self._claim(self.directory)
+        if not parallel.agree(free):
+            raise ValueError(
+                f"another process is running in {self.directory}: wait until it ends, or choose "
+                "another directory"
+            )
         if resume:
             _compare(self.directory, stored_configuration(self.directory), wanted)
             batches = self.directory / "batches"
@@ -88,21 +94,24 @@ class Folder:
             self.json("configuration.json", wanted)
         parallel.barrier("written")
 
-    def _claim(self, directory: pathlib.Path) -> None:
-        """Keep other processes out until this one ends, however it ends."""
+    def _claim(self, directory: pathlib.Path) -> bool:
+        """Keep other processes out until this one ends, however it ends; False if one is there."""
         opened = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
         weakref.finalize(self, os.close, opened)
         try:
             import fcntl
 
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"another process is running in {directory}: wait until it ends, or choose another "
-                "directory"
-            ) from error
-        except (ImportError, OSError):  # Windows, and file systems that cannot lock
-            pass
+        except (BlockingIOError, PermissionError):
+            return False
+        except (ImportError, OSError) as error:  # Windows, and file systems that cannot lock
+            warnings.warn(
+                f"{directory} cannot be locked ({error}): see to it that no other process runs "
+                "there at the same time",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return True
 
     def once(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """The arrays of the batch ``name``: from its file, or computed now and stored."""
